@@ -1,0 +1,209 @@
+"""What no schema can see: names that must exist elsewhere, weights that must add up, ejection that cannot happen.
+
+`check` is pure and returns every finding; errors make `translate` refuse, warnings are for the operator to read.
+"""
+
+import math
+from collections.abc import Iterator
+
+from services.mesh.policy.destination_rule import DestinationRule, OutlierDetection
+from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key_of, qualified
+from services.mesh.policy.others import InferencePool
+from services.mesh.policy.problems import Problem
+from services.mesh.policy.virtual_service import MESH, Destination, Route, VirtualService
+from services.mesh.registry import Registry
+
+RETRY_ON = frozenset({
+    "5xx", "gateway-error", "reset", "reset-before-request", "connect-failure", "envoy-ratelimited", "retriable-4xx",
+    "refused-stream", "retriable-status-codes", "retriable-headers", "http3-post-connect-failure",
+    "cancelled", "deadline-exceeded", "internal", "resource-exhausted", "unavailable",
+})
+GRPC_STATUS = {
+    name: number for number, name in enumerate((
+        "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+        "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+        "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+    ))
+}
+_ENVOY_MAX_EJECTION_PERCENT = 10
+
+Finding = tuple[str, str]
+
+
+def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
+    """Every mistake and every suspicion, in the order of the objects."""
+    ports = _ports(policy, registry)
+    found: list[Problem] = []
+
+    def add(item: PolicyObject, findings: Iterator[Finding], *, is_warning: bool = False) -> None:
+        label = f"{item.kind}/{item.metadata.name}"
+        for path, message in findings:
+            severity = "warning" if is_warning else "error"
+            found.append(Problem(policy.file_of(item), label, path, message, severity))  # type: ignore[arg-type]  # one of the two literals
+
+    for service in policy.virtual_services:
+        add(service, _virtual_service(service, policy, ports))
+    for rule in policy.destination_rules:
+        add(rule, _destination_rule(rule, policy, ports))
+        add(rule, _ejection(rule, registry), is_warning=True)
+    for pool in policy.inference_pools:
+        add(pool, _pool(pool, policy, registry, ports))
+    for entry in policy.service_entries:
+        clash = [host for host in entry.spec.hosts if any(service.host == host for service in registry.services)]
+        add(entry, (("spec.hosts", f"{host} is already a service of the registry") for host in clash))
+    for singles in (policy.gateways, policy.telemetries):
+        for extra in singles[1:]:
+            add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
+    return tuple(found)
+
+
+def _ports(policy: Policy, registry: Registry) -> dict[str, tuple[int, ...]]:
+    ports = {service.host: tuple(port.number for port in service.ports) for service in registry.services}
+    for entry in policy.service_entries:
+        for host in entry.spec.hosts:
+            ports.setdefault(host, tuple(port.number for port in entry.spec.ports))
+    return ports
+
+
+def _virtual_service(service: VirtualService, policy: Policy, ports: dict[str, tuple[int, ...]]) -> Iterator[Finding]:
+    namespace = service.metadata.namespace
+    gateways = {gateway_name(name, namespace) for name in service.spec.gateways}
+    known = {f"{gateway.metadata.namespace}/{gateway.metadata.name}" for gateway in policy.gateways} | {MESH}
+    yield from (("spec.gateways", f"unknown gateway {name}") for name in sorted(gateways - known))
+    for number, host in enumerate(service.spec.hosts):
+        full = qualified(host, namespace)
+        if MESH in gateways and full not in ports:
+            yield f"spec.hosts[{number}]", f"unknown host {full}: neither a service of the registry nor a ServiceEntry"
+        for other in policy.virtual_services:
+            if key_of(other) >= key_of(service):
+                continue
+            theirs = {gateway_name(name, other.metadata.namespace) for name in other.spec.gateways}
+            if gateways & theirs and full in {qualified(name, other.metadata.namespace) for name in other.spec.hosts}:
+                yield f"spec.hosts[{number}]", (
+                    f"{full} is already routed by VirtualService/{other.metadata.name}; "
+                    "the order of two such objects is undefined, put the routes into one"
+                )
+    for number, route in enumerate(service.spec.http):
+        yield from _route(route, f"spec.http[{number}]", service, policy, ports)
+
+
+def _route(
+    route: Route, path: str, service: VirtualService, policy: Policy, ports: dict[str, tuple[int, ...]]
+) -> Iterator[Finding]:
+    namespace = service.metadata.namespace
+    for number, target in enumerate(route.route):
+        yield from _target(target.destination, f"{path}.route[{number}].destination", namespace, policy, ports)
+    if route.mirror is not None:
+        yield from _target(route.mirror, f"{path}.mirror", namespace, policy, ports)
+    for number, mirror in enumerate(route.mirrors):
+        yield from _target(mirror.destination, f"{path}.mirrors[{number}].destination", namespace, policy, ports)
+    total = sum(target.weight for target in route.route)
+    if len(route.route) > 1 and total != 100:
+        yield f"{path}.route", (
+            f"weights add up to {total}, not 100: Envoy takes weights relative to their sum, so the split would not be "
+            "the percentages written here"
+        )
+    if route.retries is not None and route.retries.retry_on is not None:
+        for word in route.retries.retry_on.split(","):
+            name = word.strip()
+            if name not in RETRY_ON and not (name.isdigit() and 100 <= int(name) <= 599):
+                yield f"{path}.retries.retryOn", f"unknown condition '{name}'; Envoy would ignore it"
+    if route.fault is not None and route.fault.abort is not None:
+        status = route.fault.abort.grpc_status
+        if status is not None and status not in GRPC_STATUS:
+            yield f"{path}.fault.abort.grpcStatus", f"unknown gRPC status '{status}'"
+    if route.rewrite is not None and route.rewrite.uri is not None:
+        if any(match.uri is not None and match.uri.regex is not None for match in route.match):
+            yield f"{path}.rewrite.uri", "cannot rewrite a path matched by regex: no prefix is known"
+    for number, match in enumerate(route.match):
+        for name in match.gateways:
+            if gateway_name(name, namespace) not in {gateway_name(g, namespace) for g in service.spec.gateways}:
+                yield f"{path}.match[{number}].gateways", f"{name} is not among spec.gateways, so this never matches"
+
+
+def _target(
+    target: Destination, path: str, namespace: str, policy: Policy, ports: dict[str, tuple[int, ...]]
+) -> Iterator[Finding]:
+    host = qualified(target.host, namespace)
+    if host not in ports:
+        yield f"{path}.host", f"unknown host {host}: neither a service of the registry nor a ServiceEntry"
+        return
+    if target.port is not None and target.port.number not in ports[host]:
+        yield f"{path}.port.number", f"{host} has no port {target.port.number}"
+    if target.port is None and len(ports[host]) > 1:
+        yield f"{path}.port", f"{host} has several ports {ports[host]}: name one"
+    if target.subset is None:
+        return
+    rule = policy.rule_for(host)
+    if rule is None:
+        yield f"{path}.subset", f"{host} has no DestinationRule, so no subset '{target.subset}'"
+    elif target.subset not in {subset.name for subset in rule.spec.subsets}:
+        yield f"{path}.subset", f"DestinationRule/{rule.metadata.name} defines no subset '{target.subset}'"
+
+
+def _destination_rule(rule: DestinationRule, policy: Policy, ports: dict[str, tuple[int, ...]]) -> Iterator[Finding]:
+    host = qualified(rule.spec.host, rule.metadata.namespace)
+    if host not in ports:
+        yield "spec.host", f"unknown host {host}: neither a service of the registry nor a ServiceEntry"
+    for other in policy.destination_rules:
+        if key_of(other) < key_of(rule) and qualified(other.spec.host, other.metadata.namespace) == host:
+            yield "spec.host", f"{host} already has DestinationRule/{other.metadata.name}"
+    names = [subset.name for subset in rule.spec.subsets]
+    yield from (("spec.subsets", f"subset '{name}' is defined twice") for name in sorted({n for n in names if names.count(n) > 1}))
+    policies = [("spec.trafficPolicy", rule.spec.traffic_policy)]
+    policies += [(f"spec.subsets[{i}].trafficPolicy", subset.traffic_policy) for i, subset in enumerate(rule.spec.subsets)]
+    for path, traffic in policies:
+        for number, port in enumerate(traffic.port_level_settings if traffic is not None else ()):
+            if host in ports and port.port.number not in ports[host]:
+                yield f"{path}.portLevelSettings[{number}].port.number", f"{host} has no port {port.port.number}"
+
+
+def _ejection(rule: DestinationRule, registry: Registry) -> Iterator[Finding]:
+    """Envoy ejects while (ejected + 1) stays within the percentage, rounded down: with few endpoints that may be never."""
+    host = qualified(rule.spec.host, rule.metadata.namespace)
+    service = next((service for service in registry.services if service.host == host), None)
+    if service is None:
+        return
+    policies = [("spec.trafficPolicy", rule.spec.traffic_policy, dict[str, str]())]
+    policies += [
+        (f"spec.subsets[{number}].trafficPolicy", subset.traffic_policy, subset.labels)
+        for number, subset in enumerate(rule.spec.subsets)
+    ]
+    for path, traffic, labels in policies:
+        detection: OutlierDetection | None = traffic.outlier_detection if traffic is not None else None
+        if detection is None:
+            continue
+        percent = detection.max_ejection_percent
+        percent = _ENVOY_MAX_EJECTION_PERCENT if percent is None else percent
+        for name, endpoints in service.endpoints.items():
+            count = sum(labels.items() <= dict(endpoint.labels).items() for endpoint in endpoints)
+            if count and percent * count < 100:
+                needed = "no number of endpoints is enough" if percent == 0 else f"it takes {math.ceil(100 / percent)}"
+                yield f"{path}.outlierDetection.maxEjectionPercent", (
+                    f"{percent} % of the {count} endpoint(s) on port {name} is less than one: nothing is ever ejected "
+                    f"({needed}); use 100"
+                )
+
+
+def _pool(pool: InferencePool, policy: Policy, registry: Registry, ports: dict[str, tuple[int, ...]]) -> Iterator[Finding]:
+    ref = pool.spec.endpoint_picker_ref
+    host = qualified(ref.name, pool.metadata.namespace)
+    if host not in ports:
+        yield "spec.endpointPickerRef.name", f"unknown service {host}"
+    elif ref.port.number not in ports[host]:
+        yield "spec.endpointPickerRef.port.number", f"{host} has no port {ref.port.number}"
+    members = [service for service in registry.services if selects(pool, service.selector, service.namespace)]
+    for service in members:
+        rivals = [
+            other for other in policy.inference_pools
+            if key_of(other) < key_of(pool) and selects(other, service.selector, service.namespace)
+        ]
+        yield from (
+            ("spec.selector", f"{service.host} is already picked for by InferencePool/{other.metadata.name}") for other in rivals
+        )
+
+
+def selects(pool: InferencePool, labels: object, namespace: str) -> bool:
+    """Whether the pool's selector takes in something with these labels."""
+    wanted = pool.spec.selector.match_labels.items()
+    return isinstance(labels, dict) and pool.metadata.namespace == namespace and wanted <= labels.items()

@@ -1,0 +1,81 @@
+"""Turns validation errors into sentences an operator can act on: the path in the YAML, and what to do about it."""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from services.mesh.policy.base import ISTIO_VERSION, Strict
+
+_UNSUPPORTED = f"not supported by the local control plane (Istio {ISTIO_VERSION} has it)"
+_ISTIO_KINDS = frozenset({
+    "AuthorizationPolicy", "EnvoyFilter", "PeerAuthentication", "ProxyConfig", "RequestAuthentication", "Sidecar",
+    "TrafficExtension", "WasmPlugin", "WorkloadEntry", "WorkloadGroup",
+})
+
+
+def explain(error: ValidationError, model: type[Strict]) -> Iterator[tuple[str, str]]:
+    """(path, message) of every mistake in one object."""
+    for item in error.errors(include_url=False, include_context=True):
+        loc = item["loc"]
+        if item["type"] == "extra_forbidden":
+            yield _path(loc), _extra(str(loc[-1]), _model_at(model, loc[:-1]))
+        elif item["type"] == "missing":
+            yield _path(loc), "required"
+        else:
+            yield _path(loc), _plain(item["msg"], item["input"])
+
+
+def unsupported_kind(kind: object, known: tuple[str, ...]) -> str:
+    """Why an object of this kind was refused."""
+    if kind in _ISTIO_KINDS:
+        return _UNSUPPORTED
+    return f"unknown kind {kind!r}; supported are {', '.join(known)}"
+
+
+def _extra(name: str, owner: type[Strict] | None) -> str:
+    if owner is None:
+        return "unknown field"
+    if name in owner.istio_has:
+        return _UNSUPPORTED
+    fields = [field.alias or key for key, field in owner.model_fields.items()]
+    close = difflib.get_close_matches(name, [*fields, *owner.istio_has], n=1)
+    return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(sorted(fields))}"
+
+
+def _plain(message: str, value: object) -> str:
+    text = message[:1].lower() + message[1:]
+    shown = repr(value)
+    return text if isinstance(value, dict | list) or len(shown) > 80 or shown in text else f"{text} (got {shown})"
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path.removesuffix(".[key]")
+
+
+def _model_at(model: type[Strict], loc: tuple[int | str, ...]) -> type[Strict] | None:
+    """The model that `loc` leads to. List positions and dictionary keys do not change the model."""
+    current = model
+    for part in loc:
+        for name, field in current.model_fields.items():
+            if part == (field.alias or name):
+                inner = _strict_in(field.annotation)
+                if inner is None:
+                    return None
+                current = inner
+                break
+    return current
+
+
+def _strict_in(annotation: Any) -> type[Strict] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return annotation
+    for argument in get_args(annotation):
+        found = _strict_in(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,60 @@
+"""What Kubernetes would tell Istio: which services exist, their ports, and the endpoints behind each port.
+
+Pure data. Whoever starts the local processes fills it in; `policy.check` and `translate.translate` read it. It knows
+neither Envoy nor the policy: labels such as `version: canary` only mean something once a DestinationRule selects them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+CLUSTER_DOMAIN = "svc.cluster.local"
+
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One reachable process. `locality` is `region/zone/subzone` (the region is the cloud), or empty."""
+
+    address: str
+    port: int
+    labels: Mapping[str, str] = _NO_LABELS
+    locality: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """A port of a service. `grpc` is spoken as HTTP/2, `http` as HTTP/1.1."""
+
+    name: str
+    number: int
+    protocol: Literal["grpc", "http"]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A Kubernetes Service. The first port is the one meant when a caller's authority carries no port.
+
+    `selector` holds the labels that every endpoint of the service carries: it lets an InferencePool be recognised
+    before the first worker is up, so the arrival of workers changes endpoints only, never clusters or routes.
+    """
+
+    name: str
+    namespace: str
+    ports: tuple[ServicePort, ...]
+    endpoints: Mapping[str, tuple[Endpoint, ...]] = field(default_factory=dict)
+    selector: Mapping[str, str] = _NO_LABELS
+
+    @property
+    def host(self) -> str:
+        """The name callers put into `:authority`."""
+        return f"{self.name}.{self.namespace}.{CLUSTER_DOMAIN}"
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """All services this mesh member can see."""
+
+    services: tuple[Service, ...]
