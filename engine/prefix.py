@@ -38,3 +38,14 @@ def block_hashes(scope: bytes, token_ids: Sequence[int], block_tokens: int) -> l
         parent = hashlib.blake2b(data[start : start + size], digest_size=HASH_BYTES, key=parent).digest()
         hashes.append(parent)
     return hashes
+
+
+def block_checksum(scope: bytes, block_hash: bytes, payload: bytes) -> bytes:
+    """BLAKE2b-256 that binds a stored block's content to its scope key and hash; writer, cache and reader check it."""
+    if len(scope) != HASH_BYTES or len(block_hash) != HASH_BYTES:
+        raise ValueError(f"scope key and block hash have {HASH_BYTES} bytes each")
+    hasher = hashlib.blake2b(digest_size=HASH_BYTES, person=b"autoglm-block")
+    hasher.update(scope)
+    hasher.update(block_hash)
+    hasher.update(payload)
+    return hasher.digest()

@@ -1,0 +1,66 @@
+"""`python -m services.sparse_inference`: loads a variant, joins the scheduler, serves until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+# One BLAS thread per worker: products are small, and workers share the machine. Must be set before numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc as rpc
+
+from engine.checkpoints import variant as variants
+from engine.checkpoints.glm import CheckpointError
+from engine.executors.reference import ReferenceExecutor
+from engine.runtime.blocks import BlockStore
+from services.chassis.channels import connect
+from services.chassis.serving import Member
+from services.chassis.settings import read
+from services.sparse_inference import metrics
+from services.sparse_inference.clients import CacheClient, LeaseClient
+from services.sparse_inference.lease import Lease
+from services.sparse_inference.prefixes import Prefixes
+from services.sparse_inference.server import SERVICE, SparseInferenceServer
+from services.sparse_inference.settings import WorkerSettings
+from services.sparse_inference.worker import Worker
+
+
+async def main() -> None:
+    settings = read(WorkerSettings)
+    member = Member("sparse-inference", settings, [SERVICE])
+    try:
+        variant = await asyncio.to_thread(variants.load, settings.model_dir, "float32-reference")
+    except CheckpointError as error:
+        print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    executor = ReferenceExecutor(variant.weights)
+    store = BlockStore(settings.prefix_store_mib << 20)
+    cache, scheduler = connect(settings, "cache"), connect(settings, "scheduler")
+    prefixes = Prefixes(store, CacheClient(cache), settings.cache_budget_ms / 1000, settings.publish_queue)
+    worker = Worker(settings, variant, executor, prefixes)
+    metrics.register(settings, worker, store)
+    rpc.add_SparseInferenceServiceServicer_to_server(SparseInferenceServer(settings, worker), member.server)
+    worker.start()
+    await member.start()
+    await member.ready()
+    endpoint = settings.advertise or f"{settings.bind}:{member.port}"
+    lease = Lease(settings, worker, store, LeaseClient(scheduler), endpoint)
+    tasks = [asyncio.create_task(lease.hold()), asyncio.create_task(prefixes.publish())]
+
+    async def leave() -> None:
+        await lease.drain()
+        worker.drain()
+
+    member.before_drain(leave)
+    await member.run()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await cache.close(None)
+    await scheduler.close(None)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,80 @@
+"""Keeps the worker's lease with the scheduler: registers, reports load and prefixes, renews a broken stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+
+from autoglm.scheduler.v1 import scheduler_pb2
+
+from engine.runtime.blocks import BlockStore
+from services.chassis.errors import ServiceError
+from services.sparse_inference.clients import LeaseClient, drain_notice, load_report, prefix_report, registration
+from services.sparse_inference.settings import WorkerSettings
+from services.sparse_inference.worker import Worker
+
+log = logging.getLogger("autoglm.lease")
+
+FIRST_INTERVAL_S = 0.2
+BACKOFF_S = (0.1, 2.0)
+PREFIXES_PER_REPORT = 4096
+
+
+class Lease:
+    """Run `hold` as a task for as long as the worker lives; `drain` tells the scheduler at once."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        worker: Worker,
+        store: BlockStore,
+        client: LeaseClient,
+        endpoint: str,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._settings, self._worker, self._store, self._client = settings, worker, store, client
+        self._endpoint, self._jitter = endpoint, jitter
+        self._interval_s = FIRST_INTERVAL_S
+        self._drain = asyncio.Event()
+        self._told = asyncio.Event()
+
+    async def hold(self) -> None:
+        """Leases for ever; a broken stream is renewed after a jittered, growing pause."""
+        pause = BACKOFF_S[0]
+        while True:
+            try:
+                async with contextlib.aclosing(self._client.hold(self._reports())) as intervals:  # type: ignore[type-var]
+                    async for interval in intervals:
+                        self._interval_s = interval
+                        pause = BACKOFF_S[0]
+                log.info("the scheduler ended the lease")
+            except ServiceError as error:
+                log.info("no lease", extra={"facts": {"reason": error.message, "again_in_s": round(pause, 2)}})
+            await asyncio.sleep(pause * (0.5 + self._jitter()))
+            pause = min(pause * 2, BACKOFF_S[1])
+
+    async def drain(self) -> None:
+        """Tells the scheduler, if it listens, that no new requests are taken."""
+        self._drain.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._told.wait(), 1.0)
+
+    async def _reports(self) -> AsyncIterator[scheduler_pb2.LeaseRequest]:
+        yield registration(self._settings, self._worker, self._endpoint)
+        self._store.restate()
+        reset = True
+        while True:
+            yield load_report(self._worker.load())
+            added, removed = self._store.changes(PREFIXES_PER_REPORT)
+            if added or removed or reset:
+                yield prefix_report(added, removed, reset)
+                reset = False
+            if self._drain.is_set():
+                yield drain_notice()
+                self._told.set()
+                await asyncio.Event().wait()  # the stream stays open until the process ends
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drain.wait(), self._interval_s)

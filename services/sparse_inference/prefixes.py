@@ -1,0 +1,144 @@
+"""Where the leading key-value blocks of a prompt come from: the own store, then the cache, in bounded time.
+
+Whatever goes wrong costs a recomputation, is counted as a fallback, and never changes a token: a block is used only
+when its checksum over scope, name and content holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from opentelemetry import trace
+from prometheus_client import Counter
+
+from engine.prefix import block_checksum, block_hashes, scope_key
+from engine.runtime.blocks import BlockStore
+from services.chassis import telemetry
+from services.chassis.errors import ServiceError
+
+log = logging.getLogger("autoglm.prefixes")
+tracer = trace.get_tracer("autoglm.sparse_inference")
+
+BLOCKS = Counter("autoglm_prefix_blocks_total", "Prompt blocks by where their keys and values came from", ["source"])
+PUBLISHED = Counter("autoglm_published_blocks_total", "Blocks handed to the cache service, by outcome", ["outcome"])
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a block belongs to."""
+
+    variant_digest: str
+    tenant: str
+    block_tokens: int
+
+    @property
+    def key(self) -> bytes:
+        return scope_key(self.variant_digest, self.tenant, self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A block with its name and checksum, as the cache service keeps it."""
+
+    name: bytes
+    payload: bytes
+    checksum: bytes
+
+
+class RemoteBlocks(Protocol):
+    """The cache service, as this module needs it. Methods raise ServiceError."""
+
+    async def match(self, scope: Scope, names: Sequence[bytes]) -> int: ...
+
+    def get(self, scope: Scope, names: Sequence[bytes]) -> AsyncIterator[StoredBlock]: ...
+
+    async def put(self, scope: Scope, blocks: Sequence[StoredBlock]) -> int: ...
+
+
+class Prefixes:
+    """Finds blocks before a prefill and publishes them after."""
+
+    def __init__(self, store: BlockStore, remote: RemoteBlocks, budget_s: float, queue_blocks: int) -> None:
+        self._store, self._remote, self._budget_s = store, remote, budget_s
+        self._queue: asyncio.Queue[tuple[Scope, bytes, bytes]] = asyncio.Queue(queue_blocks)
+
+    async def find(self, scope: Scope, token_ids: Sequence[int]) -> list[bytes]:
+        """Payloads of leading blocks, at most all but the last token: that one must be computed to have logits."""
+        usable = (len(token_ids) - 1) // scope.block_tokens
+        names = block_hashes(scope.key, token_ids[: usable * scope.block_tokens], scope.block_tokens)
+        if not names:
+            return []
+        found = self._store.leading(names)
+        BLOCKS.labels("own").inc(len(found))
+        missing = names[len(found) :]
+        if missing and self._budget_s:
+            fetched = await self._fetch(scope, missing)
+            BLOCKS.labels("cache").inc(len(fetched))
+            found += fetched
+        BLOCKS.labels("computed").inc(len(names) - len(found))
+        return found
+
+    async def _fetch(self, scope: Scope, names: Sequence[bytes]) -> list[bytes]:
+        fetched: list[bytes] = []
+        with tracer.start_as_current_span("fetch prefix") as span:
+            span.set_attribute("autoglm.blocks.wanted", len(names))
+            try:
+                async with asyncio.timeout(self._budget_s):
+                    matched = await self._remote.match(scope, names)
+                    if matched:
+                        await self._collect(scope, names[:matched], fetched)
+            except TimeoutError:
+                telemetry.fallback("cache_too_slow", budget_s=self._budget_s)
+            except ServiceError as error:
+                telemetry.fallback("cache_unavailable", reason=type(error).__name__)
+            span.set_attribute("autoglm.blocks.fetched", len(fetched))
+        return fetched
+
+    async def _collect(self, scope: Scope, names: Sequence[bytes], into: list[bytes]) -> None:
+        async with contextlib.aclosing(self._remote.get(scope, names)) as stream:  # type: ignore[type-var]
+            async for block in stream:
+                wanted = names[len(into)]
+                if block.name != wanted or block.checksum != block_checksum(scope.key, wanted, block.payload):
+                    telemetry.fallback("cache_block_corrupt", position=len(into))
+                    return
+                into.append(block.payload)
+                self._store.put(wanted, block.payload)
+                if len(into) == len(names):
+                    return
+
+    def keep(self, scope: Scope, name: bytes, payload: bytes) -> None:
+        """Stores a computed block here and queues it for the cache service; a full queue drops it, counted."""
+        if not self._store.put(name, payload):
+            return
+        try:
+            self._queue.put_nowait((scope, name, payload))
+        except asyncio.QueueFull:
+            PUBLISHED.labels("dropped").inc()
+
+    async def publish(self) -> None:
+        """Runs for ever: moves queued blocks to the cache service in batches of one scope."""
+        while True:
+            scope, name, payload = await self._queue.get()
+            batch = [StoredBlock(name, payload, block_checksum(scope.key, name, payload))]
+            while len(batch) < 64 and not self._queue.empty():
+                other, name, payload = self._queue.get_nowait()
+                if other != scope:
+                    await self._put(scope, batch)
+                    scope, batch = other, []
+                batch.append(StoredBlock(name, payload, block_checksum(scope.key, name, payload)))
+            await self._put(scope, batch)
+
+    async def _put(self, scope: Scope, batch: list[StoredBlock]) -> None:
+        try:
+            async with asyncio.timeout(5):
+                stored = await self._remote.put(scope, batch)
+            PUBLISHED.labels("stored").inc(stored)
+            PUBLISHED.labels("present").inc(len(batch) - stored)
+        except (ServiceError, TimeoutError) as error:
+            PUBLISHED.labels("failed").inc(len(batch))
+            telemetry.fallback("cache_put_failed", reason=type(error).__name__, blocks=len(batch))

@@ -1,0 +1,147 @@
+"""Joins the step thread to the event loop: a request goes in, an asynchronous stream of its events comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from engine.checkpoints.variant import Variant
+from engine.executors.interface import Executor
+from engine.prefix import block_hashes
+from engine.runtime.loop import Closed, Load, Loop, QueueFull
+from engine.runtime.sequences import Event, Failure, Finished, Request, Tokens
+from services.chassis import deadlines
+from services.chassis.errors import Internal, InvalidRequest, OutOfTime, TooBusy, Unavailable
+from services.sparse_inference.prefixes import Prefixes, Scope
+from services.sparse_inference.settings import WorkerSettings
+
+RETRY_AFTER_S = 1.0
+
+
+class Worker:
+    """One variant being served. Methods belong to the event loop it was made on."""
+
+    def __init__(self, settings: WorkerSettings, variant: Variant, executor: Executor, prefixes: Prefixes) -> None:
+        self.settings, self.variant, self.executor = settings, variant, executor
+        self._prefixes = prefixes
+        self._events = asyncio.get_running_loop()
+        config = variant.weights.config
+        self.context_tokens = config.max_position_embeddings
+        self._loop = Loop(
+            executor,
+            config.kv_bytes_per_token,
+            settings.limits,
+        )
+        self.draining = False
+
+    def start(self) -> None:
+        self._loop.start()
+
+    def load(self) -> Load:
+        return self._loop.load()
+
+    def drain(self) -> None:
+        """Takes no new requests from here on; those at work go on."""
+        self.draining = True
+        self._loop.close()
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequest for what only the model can know: vocabulary and context length."""
+        config = self.variant.weights.config
+        asked = [*request.sampling.logit_bias, *request.stop_token_ids]
+        for name, ids in (("token_ids", request.token_ids), ("logit_bias or stop_token_ids", asked)):
+            if ids and (worst := max(ids)) >= config.vocab_size:
+                raise InvalidRequest(f"{name}: {worst} is no token of this model, which has {config.vocab_size}")
+        if request.resumed_tokens >= len(request.token_ids):
+            raise InvalidRequest("resumed_tokens must be fewer than token_ids")
+        length = len(request.token_ids)
+        needed = length + (1 if request.score_from is None else 0)
+        if needed > self.context_tokens:
+            raise InvalidRequest(
+                f"the prompt has {length} tokens; this model's context is {self.context_tokens}, output included",
+                prompt_tokens=length, context_tokens=self.context_tokens,
+            )  # fmt: skip
+        if request.score_from is None and length + request.max_tokens > self.context_tokens:
+            raise InvalidRequest(
+                f"prompt ({length}) and max_tokens ({request.max_tokens}) exceed the context of {self.context_tokens}",
+                prompt_tokens=length, context_tokens=self.context_tokens,
+            )  # fmt: skip
+        if (length + request.max_tokens) * config.kv_bytes_per_token > self.settings.limits.kv_capacity_bytes:
+            raise InvalidRequest("the request needs more key-value memory than this worker has")
+
+    async def run(self, request: Request, tenant: str) -> AsyncIterator[Tokens | Finished]:
+        """Yields tokens as they come, all that are ready at once, then one Finished. Closing it cancels the request.
+
+        Raises InvalidRequest, TooBusy, Unavailable, OutOfTime or Internal.
+        """
+        self.check(request)
+        if self.draining:
+            raise Unavailable("the worker is draining")
+        left = deadlines.remaining_s()
+        scope = Scope(self.variant.digest, tenant, self.executor.block_tokens)
+        blocks: Sequence[bytes] = ()
+        if request.score_from is None:
+            blocks = await self._prefixes.find(scope, request.token_ids)
+        queue: asyncio.Queue[Event] = asyncio.Queue()  # bounded by max_tokens: one event per token at most
+
+        def listen(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended; so has everyone who waits
+                self._events.call_soon_threadsafe(queue.put_nowait, event)
+
+        def names(token_ids: Sequence[int]) -> list[bytes]:
+            return block_hashes(scope.key, token_ids, scope.block_tokens)
+
+        def keep(name: bytes, payload: bytes) -> None:
+            with contextlib.suppress(RuntimeError):
+                self._events.call_soon_threadsafe(self._prefixes.keep, scope, name, payload)
+
+        prepared = replace(
+            request,
+            prefix_blocks=blocks,
+            block_names=names if request.score_from is None else None,
+            on_block=keep,
+            deadline=None if left is None else time.monotonic() + left,
+        )
+        try:
+            running = self._loop.submit(prepared, listen)
+        except QueueFull as error:
+            raise TooBusy(str(error), retry_after_s=RETRY_AFTER_S) from None
+        except Closed as error:
+            raise Unavailable(str(error)) from None
+        try:
+            while True:
+                for event in _merge(await _ready(queue)):
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+        finally:
+            self._loop.cancel(running)
+
+
+async def _ready(queue: asyncio.Queue[Event]) -> list[Event]:
+    """Waits for one event and takes all that are there."""
+    events = [await queue.get()]
+    while not queue.empty():
+        events.append(queue.get_nowait())
+    return events
+
+
+def _merge(events: list[Event]) -> list[Tokens | Finished]:
+    """Joins neighbouring Tokens into one; raises for a Failure after what came before it was kept."""
+    merged: list[Tokens | Finished] = []
+    for event in events:
+        if isinstance(event, Failure):
+            raise {
+                Failure.EXPIRED: OutOfTime(event.value),
+                Failure.CANCELLED: OutOfTime(event.value),
+                Failure.INTERNAL: Internal(event.value),
+            }[event]
+        last = merged[-1] if merged else None
+        if isinstance(event, Tokens) and isinstance(last, Tokens):
+            merged[-1] = Tokens(last.token_ids + event.token_ids, last.logprobs + event.logprobs)
+        else:
+            merged.append(event)
+    return merged
