@@ -4,22 +4,88 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+MESH := $(BIN)/python -m services.mesh
+# One thread per process: the machine is shared by many small processes, not by one large one.
+TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PROTOS := $(shell find protos/autoglm -name '*.proto' | sort)
-THIRD_PARTY := $(shell find protos/third_party -name '*.proto' 2>/dev/null | sort)
+THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help proto proto-check
+.PHONY: help run smoke stop status test check format proto proto-into proto-check proto-release bench model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-define generate
-	$(BIN)/python -m grpc_tools.protoc -Iprotos -Iautoglm/third_party=protos/third_party \
-	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) \
-	  $(PROTOS:protos/%=%) $(THIRD_PARTY:protos/third_party/%=autoglm/third_party/%)
-	find $(1)/autoglm -type d -exec sh -c 'for d; do [ -e "$$d/__init__.py" ] || : > "$$d/__init__.py"; done' _ {} +
-endef
+run: $(VENV)/.run-stamp ## start the mesh on this machine, ask it something, show the answer and its trace
+	@$(MESH) run
 
-proto: ## regenerate the gRPC stubs from protos/
-	$(call generate,sdk)
+smoke: $(VENV)/.run-stamp ## the same without a terminal: start, check one answer, stop; exits 0 or not
+	@$(MESH) smoke
+
+stop: ## stop the mesh that `make run` started
+	@if [ -x $(BIN)/python ]; then $(MESH) stop; else echo "nothing is installed, so nothing runs"; fi
+
+status: $(VENV)/.run-stamp ## what runs, on which ports, under which policy
+	@$(MESH) status
+
+test: $(VENV)/.dev-stamp ## every test: real processes, real Envoy
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+check: $(VENV)/.dev-stamp proto-check ## format, lint, types, import contracts, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+format: $(VENV)/.dev-stamp ## rewrite the Python files as the formatter wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(VENV)/.dev-stamp ## regenerate the gRPC stubs from protos/
+	@$(MAKE) --no-print-directory proto-into INTO=sdk
+
+proto-into:
+	@$(BIN)/python -m grpc_tools.protoc -Iprotos -Iautoglm/third_party=protos/third_party \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=$(INTO) --grpc_python_out=$(INTO) --mypy_out=quiet:$(INTO) --mypy_grpc_out=quiet:$(INTO) \
+	  $(PROTOS:protos/%=%) $(THIRD_PARTY:protos/third_party/%=autoglm/third_party/%)
+	@find $(INTO)/autoglm -type d -name '[a-z]*' -exec sh -c '[ -e "$$1/__init__.py" ] || : > "$$1/__init__.py"' _ {} \;
+
+proto-check: $(VENV)/.dev-stamp ## lint the protos, compare them with the last release, and the stubs with the protos
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/released.binpb
+	@rm -rf .cache/proto && mkdir -p .cache/proto
+	@$(MAKE) --no-print-directory proto-into INTO=.cache/proto
+	@cd .cache/proto && find autoglm -name '*_pb2*' | while read -r file; do \
+	  cmp -s "$$file" "$(CURDIR)/sdk/$$file" || { echo "sdk/$$file is not what protos/ give: run make proto"; exit 1; }; \
+	done
+
+proto-release: $(VENV)/.dev-stamp ## declare the protos as they are to be the release that later changes must not break
+	$(BIN)/buf build -o protos/released.binpb
+
+bench: $(VENV)/.dev-stamp ## measure the claims and write benchmarks/results
+	$(TEST_ENV) $(BIN)/python -m benchmarks.mesh
+
+model: $(VENV)/.dev-stamp ## train glm-tiny again from the standard library (up to two hours on two cores; resumes)
+	$(BIN)/python -m services.trainer.pretrain
+
+packages: ## system packages that tests use when they are there (Debian; needs root)
+	command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
+
+clean: stop ## remove what was installed and generated here
+	rm -rf $(VENV) .cache .run
+
+$(BIN)/pip:
+	@echo "creating $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+
+$(VENV)/.run-stamp: pyproject.toml constraints.txt sdk/pyproject.toml | $(BIN)/pip
+	@echo "installing what the mesh needs (about 150 MB; once)"
+	$(PIP) install --constraint constraints.txt --group run --editable sdk
+	@touch $@
+
+$(VENV)/.dev-stamp: pyproject.toml constraints.txt sdk/pyproject.toml | $(BIN)/pip
+	@echo "installing what tests and training need (about 1 GB with torch; once)"
+	$(PIP) install --constraint constraints.txt --group dev --editable sdk
+	@touch $@ $(VENV)/.run-stamp

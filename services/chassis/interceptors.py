@@ -114,7 +114,7 @@ class _Call:
     async def _abort(self, error: ServiceError) -> NoReturn:
         code, text, trailers = status_of(error)
         self._done(code.name, reason=text)
-        await self.context.abort(code, text, trailers)
+        await self.context.abort(code, text, (*(self.context.trailing_metadata() or ()), *trailers))
         raise AssertionError("abort returned")
 
     def _done(self, code: str, **facts: object) -> None:

@@ -56,9 +56,7 @@ def measure(
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "gzip -9": lambda: size(len(gzip.compress(held_bytes, 9, mtime=0))),
         "xz -9e": lambda: size(_xz_size(held_bytes)),
-        "xz -9e after the training text": lambda: size(
-            _xz_prior("".join(d.text for d in train).encode(), held_bytes)
-        ),
+        "xz -9e after the training text": lambda: size(_xz_prior("".join(d.text for d in train).encode(), held_bytes)),
         "byte n-gram, Witten–Bell": lambda: _byte_ngram(train, held_out),
         "token n-gram, Witten–Bell": lambda: _token_ngram(train_ids, held_out, tokenizer),
     }
@@ -130,9 +128,7 @@ def _byte_ngram(train: Sequence[Document], held_out: Sequence[Document]) -> dict
     pad = bytes(BYTE_ORDER - 1)
     known = np.frombuffer(b"".join(pad + d.text.encode() for d in train), dtype=np.uint8).astype(np.uint16)
     asked = np.frombuffer(b"".join(pad + d.text.encode() for d in held_out), dtype=np.uint8).astype(np.uint16)
-    is_scored = np.concatenate(
-        [np.arange(len(pad) + len(d.text.encode())) >= len(pad) for d in held_out]
-    )
+    is_scored = np.concatenate([np.arange(len(pad) + len(d.text.encode())) >= len(pad) for d in held_out])
     return _by_order(witten_bell(known, asked, is_scored, BYTE_ORDER, 8), int(is_scored.sum()))
 
 

@@ -14,9 +14,7 @@ PREFIX = ("[gMASK]", "<sop>")
 END = "<|endoftext|>"
 
 # Words with one leading space, digits in threes, punctuation runs, newline + indentation as one piece.
-_SPLIT = (
-    r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n *|[ \t]+(?=\S)|\s+"
-)
+_SPLIT = r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n *|[ \t]+(?=\S)|\s+"
 
 
 def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -51,4 +49,6 @@ def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Each text as `[gMASK]<sop> … <|endoftext|>` ids."""
     end = tokenizer.token_to_id(END)
+    if end is None:
+        raise ValueError(f"the tokenizer has no token {END!r}")
     return [[*encoding.ids, end] for encoding in tokenizer.encode_batch(list(texts))]

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from services.trainer.pretrain.corpus import NEAR_DUPLICATE_JACCARD, SHINGLE_WORDS
 from services.trainer.pretrain.export import write_text
 from services.trainer.pretrain.record import Run
 
@@ -29,11 +30,11 @@ def write(
     write_text(out / "evaluation.json", json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
     write_text(out / "data-manifest.json", json.dumps(manifest, indent=1) + "\n")
     sections = (
-        _introduction(config, measurement),
+        _introduction(measurement),
         _architecture(config, measurement),
         _data(manifest, run),
         _training(run),
-        _held_out(measurement, baselines),
+        _held_out(measurement, baselines, run.corpus["held_out_bytes"]),
         _sparsity(config, measurement["gates"]),
         _samples(measurement["samples"]),
         _limits(manifest, measurement),
@@ -53,7 +54,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _introduction(config: Mapping[str, Any], measurement: Mapping[str, Any]) -> str:
+def _introduction(measurement: Mapping[str, Any]) -> str:
     return f"""\
 ---
 license: apache-2.0
@@ -66,9 +67,10 @@ pipeline_tag: text-generation
 # glm-tiny
 
 A GLM-architecture language model of {measurement["parameters"] / 1e6:.1f} million parameters, trained from scratch on
-Python's standard library. Its feed-forward gates use ReLU, so most of their units are exactly zero for any one token:
-it exists to exercise sparse serving with a real model, real text and real activations, small enough to ship with the
-code. It is not an assistant. `make model` makes it anew.
+Python's standard library. Its feed-forward gates use ReLU: for one token of held-out text,
+{measurement["gates"]["zero_share"]:.0%} of them are exactly zero. It exists to exercise sparse serving with a real
+model, real text and real activations, small enough to ship with the code. It is not an assistant. `make model` makes
+it anew.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,9 +113,11 @@ def _data(manifest: Mapping[str, Any], run: Run) -> str:
 ## Data
 
 The source files of CPython {manifest["python"]}'s standard library and its test-suite, as installed on the training
-machine. The split is by top-level package, never by line. Held out: {packages}. Tests named after a held-out package
-are dropped, and so are files with a word 5-gram Jaccard similarity of 0.8 or more to another (bottom-k sketches), files
-that are mostly tables, and licence headers. {len(manifest["dropped"])} files were dropped in all.
+machine. The split is by top-level package, never by line. Held out: {packages}.
+
+Dropped, {len(manifest["dropped"])} files in all: tests named after a held-out package; files with a word
+{SHINGLE_WORDS}-gram Jaccard similarity of {NEAR_DUPLICATE_JACCARD:g} or more to another (bottom-k sketches); files that
+are mostly tables. Licence headers are cut off.
 
 {table(("side", "files", "bytes"), rows)}
 
@@ -150,7 +154,7 @@ def _training(run: Run) -> str:
 Progress is the larger of tokens seen / {plan["tokens"]:,} and minutes spent / {plan["minutes"]:g}."""
 
 
-def _held_out(measurement: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
+def _held_out(measurement: Mapping[str, Any], baselines: Mapping[str, Any], available_bytes: int) -> str:
     held, known = measurement["held_out"], measurement["train_sample"]
     figures = [("**glm-tiny**", held["bits_per_byte"], "trained on it")]
     for name, result in baselines["results"].items():
@@ -158,6 +162,8 @@ def _held_out(measurement: Mapping[str, Any], baselines: Mapping[str, Any]) -> s
         figures.append((name + order, result["bits_per_byte"], result["note"]))
     figures.sort(key=lambda row: row[1])
     worst = figures[-1][1]
+    is_all = held["bytes"] == available_bytes
+    extent = "all of it" if is_all else f"whole files chosen by hash, of {available_bytes:,} held-out bytes"
     rows = [(name, f"{value:.3f}", f"`{bar(value / worst, 20)}`", note) for name, value, note in figures]
     packages = [
         (f"`{name}`", f"{f['bytes']:,}", f"{f['tokens']:,}", f"{f['bits_per_byte']:.3f}")
@@ -166,9 +172,9 @@ def _held_out(measurement: Mapping[str, Any], baselines: Mapping[str, Any]) -> s
     return f"""\
 ## Held-out text: bits per UTF-8 byte
 
-Lower is better. The same {held["bytes"]:,} bytes ({held["documents"]} files) for every row. glm-tiny reads each file
-in windows of {measurement["window_tokens"]} tokens with a stride of {measurement["stride_tokens"]}; compressors read
-all files as one stream.
+Lower is better. The same {held["bytes"]:,} bytes for every row: {held["documents"]} files, {extent}.
+glm-tiny reads each file in windows of {measurement["window_tokens"]} tokens with a stride of
+{measurement["stride_tokens"]}; compressors read all files as one stream.
 
 {table(("", "bits/byte", "", "what it knows of the training text"), rows)}
 
@@ -219,12 +225,12 @@ def _limits(manifest: Mapping[str, Any], measurement: Mapping[str, Any]) -> str:
     parsing = sum(1 for sample in samples if sample["is_python"])
     near = [path for path in manifest["train"] if _names_held_out(path, manifest["held_out_packages"])]
     close = (
-        "These training-side test files are named after a held-out module in one word with another (`httplib`), so the "
-        "name filter did not drop them; they call held-out code but do not contain it: "
+        "The names of these training-side test files begin with that of a held-out package but are one word with more, "
+        "so the filter did not drop them; they may call held-out code, and contain none: "
         + ", ".join(f"`{path}`" for path in near)
         + "."
         if near
-        else "No training-side test file is named after a held-out package."
+        else "No training-side test file has a name that begins with that of a held-out package."
     )
     return f"""\
 ## Limits

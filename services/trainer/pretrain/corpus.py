@@ -17,13 +17,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT = frozenset(
-    {"argparse", "concurrent", "configparser", "csv", "dataclasses", "fractions", "heapq", "html", "http", "json",
-     "logging", "sched", "shelve", "statistics", "string", "tomllib", "wsgiref", "zipfile"}
+    {
+        "argparse",
+        "concurrent",
+        "configparser",
+        "csv",
+        "dataclasses",
+        "fractions",
+        "heapq",
+        "html",
+        "http",
+        "json",
+        "logging",
+        "sched",
+        "shelve",
+        "statistics",
+        "string",
+        "tomllib",
+        "wsgiref",
+        "zipfile",
+    }
 )
 """Top-level packages kept for measurement: varied in style, no vendored twins in the training side."""
 
-EXCLUDED = frozenset({"site-packages", "encodings", "__pycache__", "idlelib", "lib2to3", "turtledemo", "ensurepip",
-                      "pydoc_data", "__phello__", "config-3.11-x86_64-linux-gnu"})
+EXCLUDED = frozenset(
+    {
+        "site-packages",
+        "encodings",
+        "__pycache__",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "pydoc_data",
+        "__phello__",
+        "config-3.11-x86_64-linux-gnu",
+    }
+)
 MAX_FILE_BYTES = 400_000
 SHINGLE_WORDS = 5
 NEAR_DUPLICATE_JACCARD = 0.8

@@ -23,7 +23,9 @@ def training_ids(tokenizer: Tokenizer, documents: Sequence[Document], seed: int)
     pieces = encode_documents(tokenizer, [d.text for d in documents])
     pairs = [pair for document in documents if document.package != "test" for pair in exchanges(document)]
     chooser.shuffle(pairs)
-    chats = [ids for ids in (chat_ids(tokenizer, pair) for pair in pairs[:MAX_EXCHANGES]) if len(ids) <= EXCHANGE_TOKENS]
+    chats = [
+        ids for ids in (chat_ids(tokenizer, pair) for pair in pairs[:MAX_EXCHANGES]) if len(ids) <= EXCHANGE_TOKENS
+    ]
     pieces += chats
     chooser.shuffle(pieces)
     return np.concatenate([np.asarray(piece, dtype=np.uint16) for piece in pieces])

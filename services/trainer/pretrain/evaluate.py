@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from services.trainer.pretrain.glm import Glm
 WINDOW, STRIDE = 2048, 1024
 TRAIN_SAMPLE_BYTES = 100_000
 SAMPLE_TOKENS = 128
+PROMPT_CHARACTERS = 300
 SAMPLE_SEED = 7
 TEMPERATURES = (0.0, 0.0, 0.0, 0.8)
 """One completion and one chat answer per entry; 0 is greedy."""
@@ -103,6 +104,7 @@ def measure(
         for sample in write_samples(model, tokenizer, held_out):
             samples.append(sample)
             on_progress(0.9 + 0.1 * len(samples) / (2 * len(TEMPERATURES)), "samples")
+    on_progress(1.0, "done")
     return {
         "weights": export.weights_digest(directory),
         "held_out_digest": baselines.digest(held_out),
@@ -192,17 +194,15 @@ class GateCounter:
 
 def write_samples(model: Glm, tokenizer: Tokenizer, held_out: Sequence[Document]) -> Iterator[Sample]:
     """Completions of held-out signatures and answers to held-out requests, chosen by hash: nobody picked them."""
-    signatures = [(d.path, prompt) for d in held_out for prompt in _signatures(d)]
-    requests = [(d.path, pair) for d in held_out for pair in exchanges(d) if len(pair.request) <= 200]
-    signatures.sort(key=lambda item: hashlib.sha256(item[1].encode()).digest())
-    requests.sort(key=lambda item: hashlib.sha256(item[1].request.encode()).digest())
-    for (source, prompt), temperature in zip(signatures, TEMPERATURES, strict=False):
+    signatures = _by_hash((prompt, d.path) for d in held_out for prompt in _signatures(d))
+    requests = _by_hash((pair.request, d.path) for d in held_out for pair in exchanges(d))
+    for (prompt, source), temperature in zip(signatures, TEMPERATURES, strict=False):
         ids = encode_documents(tokenizer, [prompt])[0][:-1]
         text, has_ended = generate(model, tokenizer, ids, temperature)
         yield _sample("completion", source, prompt, text, temperature, has_ended, prompt + text)
-    for (source, pair), temperature in zip(requests, TEMPERATURES, strict=False):
-        text, has_ended = generate(model, tokenizer, data.chat_prompt_ids(tokenizer, pair.request), temperature)
-        yield _sample("chat", source, pair.request, text, temperature, has_ended, text)
+    for (request, source), temperature in zip(requests, TEMPERATURES, strict=False):
+        text, has_ended = generate(model, tokenizer, data.chat_prompt_ids(tokenizer, request), temperature)
+        yield _sample("chat", source, request, text, temperature, has_ended, text)
 
 
 def generate(model: Glm, tokenizer: Tokenizer, ids: list[int], temperature: float) -> tuple[str, bool]:
@@ -223,9 +223,7 @@ def generate(model: Glm, tokenizer: Tokenizer, ids: list[int], temperature: floa
     return tokenizer.decode(written), False
 
 
-def _sample(
-    kind: str, source: str, prompt: str, text: str, temperature: float, has_ended: bool, code: str
-) -> Sample:
+def _sample(kind: str, source: str, prompt: str, text: str, temperature: float, has_ended: bool, code: str) -> Sample:
     try:
         ast.parse(code)
         is_python = bool(text.strip())
@@ -233,6 +231,12 @@ def _sample(
         is_python = False
     seed = SAMPLE_SEED if temperature > 0 else None
     return Sample(kind, source, prompt, text, temperature, seed, has_ended, is_python)
+
+
+def _by_hash(prompts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(prompt, source) pairs, each short prompt once, in an order nobody chose."""
+    unique = {prompt: source for prompt, source in prompts if len(prompt) <= PROMPT_CHARACTERS}
+    return sorted(unique.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
 
 
 def _signatures(document: Document) -> Iterator[str]:
@@ -245,5 +249,4 @@ def _signatures(document: Document) -> Iterator[str]:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
             prompt = "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
-            if len(prompt) <= 300:
-                yield prompt
+            yield prompt

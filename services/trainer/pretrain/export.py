@@ -82,7 +82,7 @@ def from_checkpoint(path: Path) -> tuple[Glm, dict[str, float]]:
     """The model in a training checkpoint and its counters: tokens seen and seconds spent."""
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, str] = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith("model.")}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith("model.")}
     defaults = GlmShape()
     shape = GlmShape(**{f.name: type(getattr(defaults, f.name))(metadata[f.name]) for f in fields(GlmShape)})
     return _filled(shape, tensors), {"tokens": int(metadata["tokens"]), "spent_s": float(metadata["spent_s"])}

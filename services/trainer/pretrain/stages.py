@@ -73,7 +73,7 @@ class Stages:
         if not (finish or run.is_finished):
             train(ids, GlmShape(), plan, checkpoint, _TrainingDisplay(self._bar))
         model, counters = export.from_checkpoint(checkpoint / "state.safetensors")
-        if not run.is_finished:
+        if not run.is_finished or run.tokens != int(counters["tokens"]):
             run = run.finished(int(counters["tokens"]), counters["spent_s"])
             run.save(path)
         self._say(f"training is finished: {run.tokens:,} tokens in {run.spent_s / 60:.0f} min")

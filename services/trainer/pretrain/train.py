@@ -116,15 +116,13 @@ def _loss(model: Glm, batch: Tensor) -> Tensor:
 
 
 def _batch(stream: Tensor, rows: int, length: int, seed: int) -> Tensor:
-    """[rows, length + 1] windows at random offsets; the seed is the position in the run, so a resume repeats nothing."""
+    """[rows, length + 1] windows at random offsets; the seed is the position in the run, so a resume repeats none."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(stream) - length - 1, (rows,), generator=generator)
     return torch.stack([stream[start : start + length + 1] for start in starts.tolist()])
 
 
-def _save(
-    checkpoint: Path, model: Glm, optimizers: list[torch.optim.Optimizer], tokens: int, spent_s: float
-) -> None:
+def _save(checkpoint: Path, model: Glm, optimizers: list[torch.optim.Optimizer], tokens: int, spent_s: float) -> None:
     """Weights, optimizer tensors and counters in one safetensors file, replaced atomically (never a pickle)."""
     tensors = {f"model.{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     for index, optimizer in enumerate(optimizers):

@@ -481,6 +481,10 @@ class Decision(_message.Message):
     REFUSAL_FIELD_NUMBER: _builtins.int
     SERVED_ENDPOINT_FIELD_NUMBER: _builtins.int
     TIE_BREAK_KEY_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VARIANT_DIGEST_FIELD_NUMBER: _builtins.int
+    HAS_SUBSET_HINT_FIELD_NUMBER: _builtins.int
+    SUBSET_HINT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the decision since the scheduler's start, from 1."""
     request_id: _builtins.str
@@ -505,6 +509,12 @@ class Decision(_message.Message):
     """The endpoint that Envoy really used, once known."""
     tie_break_key: _builtins.int
     """Key of the tie-break, so that a replay draws the same. Range 0 to 2^63-1."""
+    model: _builtins.str
+    """Model that was asked for, or empty for any."""
+    variant_digest: _builtins.str
+    """Variant that was demanded, or empty for any."""
+    has_subset_hint: _builtins.bool
+    """Whether the proxy restricted the choice to subset_hint."""
     @_builtins.property
     def subset_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that the route demanded. At most 32."""
@@ -516,6 +526,10 @@ class Decision(_message.Message):
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The chosen endpoints, best first; empty when none could take the request."""
+
+    @_builtins.property
+    def subset_hint(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Endpoints the proxy allowed, when it restricted the choice. At most 4,096."""
 
     def __init__(
         self,
@@ -535,10 +549,14 @@ class Decision(_message.Message):
         refusal: _builtins.str = ...,
         served_endpoint: _builtins.str = ...,
         tie_break_key: _builtins.int = ...,
+        model: _builtins.str = ...,
+        variant_digest: _builtins.str = ...,
+        has_subset_hint: _builtins.bool = ...,
+        subset_hint: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "clock_ns", b"clock_ns", "deadline_ms", b"deadline_ms", "endpoints", b"endpoints", "max_tokens", b"max_tokens", "policy_version", b"policy_version", "prefix_hash", b"prefix_hash", "prompt_tokens", b"prompt_tokens", "refusal", b"refusal", "request_id", b"request_id", "sequence", b"sequence", "served_endpoint", b"served_endpoint", "subset_labels", b"subset_labels", "tie_break_key", b"tie_break_key", "unix_ns", b"unix_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "clock_ns", b"clock_ns", "deadline_ms", b"deadline_ms", "endpoints", b"endpoints", "has_subset_hint", b"has_subset_hint", "max_tokens", b"max_tokens", "model", b"model", "policy_version", b"policy_version", "prefix_hash", b"prefix_hash", "prompt_tokens", b"prompt_tokens", "refusal", b"refusal", "request_id", b"request_id", "sequence", b"sequence", "served_endpoint", b"served_endpoint", "subset_hint", b"subset_hint", "subset_labels", b"subset_labels", "tie_break_key", b"tie_break_key", "unix_ns", b"unix_ns", "variant_digest", b"variant_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -603,6 +621,13 @@ class Candidate(_message.Message):
     VARIANT_DIGEST_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_AT_REPORT_FIELD_NUMBER: _builtins.int
+    REPORTED_NS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The replica."""
     endpoint: _builtins.str
@@ -623,6 +648,20 @@ class Candidate(_message.Message):
     """Variant it runs."""
     draining: _builtins.bool
     """Whether it was draining."""
+    model: _builtins.str
+    """Model it serves."""
+    block_tokens: _builtins.int
+    """Tokens per key-value block."""
+    context_tokens: _builtins.int
+    """Longest sequence. Unit: tokens."""
+    kv_capacity_bytes: _builtins.int
+    """Key-value memory. Unit: bytes."""
+    kv_bytes_per_token: _builtins.int
+    """Key-value memory per token. Unit: bytes."""
+    in_flight_at_report: _builtins.int
+    """Requests the picker had in flight there when the load report came."""
+    reported_ns: _builtins.int
+    """When the load report came, on the clock the policy saw; 0 when none came yet. Unit: nanoseconds, monotonic."""
     @_builtins.property
     def load(self) -> Global___LoadReport:
         """Its load as the policy saw it."""
@@ -651,10 +690,17 @@ class Candidate(_message.Message):
         variant_digest: _builtins.str = ...,
         draining: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        model: _builtins.str = ...,
+        block_tokens: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
+        kv_capacity_bytes: _builtins.int = ...,
+        kv_bytes_per_token: _builtins.int = ...,
+        in_flight_at_report: _builtins.int = ...,
+        reported_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "endpoint", b"endpoint", "in_flight", b"in_flight", "labels", b"labels", "load", b"load", "matched_blocks", b"matched_blocks", "max_running", b"max_running", "max_waiting", b"max_waiting", "rejection", b"rejection", "replica_id", b"replica_id", "scores", b"scores", "total", b"total", "variant_digest", b"variant_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "draining", b"draining", "endpoint", b"endpoint", "in_flight", b"in_flight", "in_flight_at_report", b"in_flight_at_report", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_capacity_bytes", b"kv_capacity_bytes", "labels", b"labels", "load", b"load", "matched_blocks", b"matched_blocks", "max_running", b"max_running", "max_waiting", b"max_waiting", "model", b"model", "rejection", b"rejection", "replica_id", b"replica_id", "reported_ns", b"reported_ns", "scores", b"scores", "total", b"total", "variant_digest", b"variant_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,180 @@
+"""Checks across objects: what is named must exist, and what is written must be able to happen."""
+
+from pathlib import Path
+
+import pytest
+
+from services.mesh.policy import Problem, check, load
+from services.mesh.registry import Endpoint, Registry, Service, ServicePort
+
+ROOT = Path(__file__).resolve().parents[3]
+EVERYTHING = Path(__file__).with_name("everything") / "policy.yaml"
+GRPC = ServicePort("grpc", 50051, "grpc")
+
+
+def registry(workers: int = 1) -> Registry:
+    """The base services, with a number of v1 workers."""
+    here = tuple(Endpoint("127.0.0.1", 7000 + n, {"version": "v1"}) for n in range(workers))
+    return Registry(
+        (
+            Service("gateway", "autoglm", (GRPC, ServicePort("http", 8000, "http"))),
+            *(Service(name, "autoglm", (GRPC,)) for name in ("tokenizer", "scheduler", "cache")),
+            Service("sparse-inference", "autoglm", (GRPC,), {"grpc": here}, {"app": "sparse-inference"}),
+        )
+    )
+
+
+def findings(tmp_path: Path, old: str = "", new: str = "", workers: int = 1) -> tuple[Problem, ...]:
+    """The findings on everything/policy.yaml with one text replaced."""
+    text = EVERYTHING.read_text()
+    assert old in text
+    (tmp_path / "p.yaml").write_text(text.replace(old, new, 1) if old else text)
+    return check(load(tmp_path), registry(workers))
+
+
+def test_the_base_policy_has_neither_errors_nor_warnings() -> None:
+    """istio/base fits the services it is written for."""
+    assert check(load(ROOT / "istio" / "base"), registry()) == ()
+
+
+def test_everything_supported_fits_together(tmp_path: Path) -> None:
+    """The sample with every field has no findings: so each finding below comes from the one change."""
+    assert findings(tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path", "message"),
+    [
+        (
+            "hosts: [sparse-inference]",
+            "hosts: [nobody]",
+            "spec.hosts[0]",
+            "unknown host nobody.autoglm.svc.cluster.local",
+        ),
+        (
+            "mirror: {host: sparse-inference, subset",
+            "mirror: {host: nobody, subset",
+            "spec.http[0].mirror.host",
+            "unknown host",
+        ),
+        (
+            "host: sparse-inference, subset: v1",
+            "host: sparse-inference, subset: v9",
+            "spec.http[0].route[0].destination.subset",
+            "DestinationRule/workers defines no subset 'v9'",
+        ),
+        (
+            "{host: gateway, port: {number: 8000}}",
+            "{host: scheduler, subset: v1}",
+            "spec.http[0].route[0].destination.subset",
+            "has no DestinationRule",
+        ),
+        (
+            "{host: gateway, port: {number: 8000}}",
+            "{host: gateway}",
+            "spec.http[0].route[0].destination.port",
+            "several ports",
+        ),
+        (
+            "{host: gateway, port: {number: 8000}}",
+            "{host: gateway, port: {number: 1}}",
+            "spec.http[0].route[0].destination.port.number",
+            "has no port 1",
+        ),
+        ("weight: 75", "weight: 70", "spec.http[0].route", "weights add up to 95, not 100"),
+        (
+            "retryOn: unavailable,503",
+            "retryOn: unavaliable",
+            "spec.http[0].retries.retryOn",
+            "unknown condition 'unavaliable'",
+        ),
+        ("retryOn: unavailable,503", "retryOn: '99'", "spec.http[0].retries.retryOn", "unknown condition '99'"),
+        (
+            "grpcStatus: UNAVAILABLE",
+            "grpcStatus: GONE",
+            "spec.http[0].fault.abort.grpcStatus",
+            "unknown gRPC status 'GONE'",
+        ),
+        (
+            "gateways: [ingress]\n  exportTo",
+            "gateways: [egress, ingress]\n  exportTo",
+            "spec.gateways",
+            "unknown gateway autoglm/egress",
+        ),
+        (
+            "uri: {prefix: /v1/}, port",
+            "uri: {regex: /v1/.*}, port",
+            "spec.http[0].rewrite.uri",
+            "cannot rewrite a path matched by regex",
+        ),
+        ("host: cache", "host: tokenizer", "spec.host", "already has DestinationRule/cache"),
+        ("host: cache", "host: nobody", "spec.host", "unknown host"),
+        ("- name: canary\n", "- name: v1\n", "spec.subsets", "subset 'v1' is defined twice"),
+        (
+            "- port: {number: 50051}\n",
+            "- port: {number: 1}\n",
+            "spec.subsets[1].trafficPolicy.portLevelSettings[0].port.number",
+            "has no port 1",
+        ),
+        ("name: scheduler, port", "name: nobody, port", "spec.endpointPickerRef.name", "unknown service"),
+        (
+            "name: scheduler, port: {number: 50051}",
+            "name: scheduler, port: {number: 1}",
+            "spec.endpointPickerRef.port.number",
+            "has no port 1",
+        ),
+        (
+            "hosts: [models.other.example]",
+            "hosts: [cache.autoglm.svc.cluster.local]",
+            "spec.hosts",
+            "already a service of the registry",
+        ),
+        (
+            "  hosts: [sparse-inference]\n",
+            "  hosts: [sparse-inference, sparse-inference.autoglm.svc.cluster.local, '*']\n",
+            "spec.hosts[2]",
+            "unknown host *",
+        ),
+    ],
+)
+def test_a_mistake_between_objects_is_found_at_its_place(
+    tmp_path: Path, old: str, new: str, path: str, message: str
+) -> None:
+    """Each is an error that names the path and the thing that is missing."""
+    found = [problem for problem in findings(tmp_path, old, new) if problem.path == path]
+    assert found
+    assert found[0].severity == "error"
+    assert message in found[0].message
+
+
+def test_two_virtual_services_for_one_host_are_refused(tmp_path: Path) -> None:
+    """Istio would take one of them, and which one is undefined."""
+    text = EVERYTHING.read_text()
+    extra = text.split("---\n")[2].replace("name: workers", "name: zzz")
+    (tmp_path / "p.yaml").write_text(text + "---\n" + extra)
+    assert [problem.path for problem in check(load(tmp_path), registry())] == ["spec.hosts[0]"]
+
+
+@pytest.mark.parametrize(
+    ("percent", "workers", "is_warned"),
+    [
+        ("10", 9, True),
+        ("10", 10, False),
+        ("100", 1, False),
+        ("50", 1, True),
+        ("50", 2, False),
+        ("0", 64, True),
+    ],
+)
+def test_ejection_that_can_never_happen_is_a_warning(
+    tmp_path: Path, percent: str, workers: int, is_warned: bool
+) -> None:
+    """Envoy ejects only whole endpoints: a tenth of nine is none. The policy still works, so it is not refused."""
+    found = findings(tmp_path, "maxEjectionPercent: 100", f"maxEjectionPercent: {percent}", workers)
+    assert [problem.severity for problem in found] == (["warning"] if is_warned else [])
+
+
+def test_a_missing_ejection_percentage_means_envoys_ten(tmp_path: Path) -> None:
+    """The default is the trap, so it is warned about as well."""
+    found = findings(tmp_path, "      maxEjectionPercent: 100\n")
+    assert "10 % of the 1 endpoint(s)" in found[0].message
