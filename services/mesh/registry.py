@@ -6,12 +6,9 @@ neither Envoy nor the policy: labels such as `version: canary` only mean somethi
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 CLUSTER_DOMAIN = "svc.cluster.local"
-
-_NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +17,7 @@ class Endpoint:
 
     address: str
     port: int
-    labels: Mapping[str, str] = _NO_LABELS
+    labels: Mapping[str, str] = field(default_factory=dict)
     locality: str = ""
 
 
@@ -45,7 +42,7 @@ class Service:
     namespace: str
     ports: tuple[ServicePort, ...]
     endpoints: Mapping[str, tuple[Endpoint, ...]] = field(default_factory=dict)
-    selector: Mapping[str, str] = _NO_LABELS
+    selector: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def host(self) -> str:

@@ -1,6 +1,6 @@
 """A real Envoy fed from a snapshot's files, for tests: start, change, read statistics, stop.
 
-It does what the supervisor does, without its care for restarts and logs: write by rename, wait until Envoy has taken it.
+What the supervisor does, without its care for restarts and logs: write by rename, wait until Envoy has taken it.
 """
 
 import asyncio

@@ -1,8 +1,10 @@
-"""An endpoint picker in a process of its own, so that a test can kill or stop it: `python -m tests.fakes.picker_process`.
+"""An endpoint picker in a process of its own, so that a test can kill or stop it.
 
-It sends every request to the endpoint named for the request's subset labels (arguments `labels=ip:port`, where labels
-may be empty). Unary requests are decided on the body, the method `Echo` (a bidirectional stream) on the headers. With
-`--log` each stream prints what it was told, as JSON.
+    python -m tests.fakes.picker_process PORT LABELS;IP:PORT …
+
+It sends every request to the endpoint named for the request's subset labels (labels may be
+empty). Unary requests are decided on the body, the method `Echo` (a bidirectional stream) on the headers. Each
+stream prints what it was told, as JSON, when the response headers have come.
 """
 
 import asyncio
@@ -17,6 +19,7 @@ import grpc
 from autoglm.third_party import ext_proc_pb2 as pb
 from autoglm.third_party import ext_proc_pb2_grpc
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = "x-gateway-destination-endpoint"
 BUFFERED = 2
 SEND = 1
@@ -70,15 +73,14 @@ class PickerProcess:
         self.process: asyncio.subprocess.Process
 
     async def __aenter__(self) -> Self:
-        root = Path(__file__).resolve().parents[2]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "tests.fakes.picker_process",
             *self._arguments,
-            cwd=root,
+            cwd=REPOSITORY,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "sdk")))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "sdk")))},
         )
         assert await self._line() == b"listening\n"
         return self

@@ -277,7 +277,7 @@ async def test_no_request_fails_when_the_picker_dies_or_hangs(tmp_path: Path, bl
 
 
 async def test_a_host_nobody_knows_is_answered_at_once(tmp_path: Path) -> None:
-    """The outbound listener is no open proxy: an unknown authority is a clear error, and so is a service without endpoints."""
+    """No open proxy: an unknown authority is a clear error, and so is a service without endpoints."""
     node = node_settings(tmp_path)
     async with EnvoyProcess(translate(base_policy(), registry(), node), node):
         for authority in ("example.com", "cache.autoglm.svc.cluster.local"):

@@ -8,7 +8,7 @@ import re
 from datetime import timedelta
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, StringConstraints
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
@@ -16,7 +16,9 @@ ISTIO_VERSION = "1.30.3"
 MAX_LIST = 64
 MAX_WEIGHT = 1_000_000
 
-_DURATION = re.compile(r"(?:(\d{1,5})h)?(?:(\d{1,7})m(?!s))?(?:(\d{1,9}(?:\.\d{1,6})?)s)?(?:(\d{1,9}(?:\.\d{1,3})?)ms)?")
+_DURATION = re.compile(
+    r"(?:(\d{1,5})h)?(?:(\d{1,7})m(?!s))?(?:(\d{1,9}(?:\.\d{1,6})?)s)?(?:(\d{1,9}(?:\.\d{1,3})?)ms)?"
+)
 _LONGEST = timedelta(days=7)
 _HEADER = re.compile(r":?[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
@@ -68,6 +70,10 @@ def _duration(value: object) -> timedelta:
     return span
 
 
+def _text(value: timedelta) -> str:
+    return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".") + "s"
+
+
 def _positive(value: timedelta) -> timedelta:
     if value < timedelta(milliseconds=1):
         raise PydanticCustomError("duration", "must be at least 1ms")
@@ -87,15 +93,20 @@ def _header(value: str) -> str:
     return value.lower()
 
 
-Duration = Annotated[timedelta, BeforeValidator(_duration)]
+Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(_text, when_used="json")]
 PositiveDuration = Annotated[Duration, AfterValidator(_positive)]
 Labels = Annotated[dict[str, str], AfterValidator(_labels), Field(max_length=MAX_LIST)]
 HeaderName = Annotated[str, AfterValidator(_header)]
 HeaderValue = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\r\n\x00]*$")]
-Host = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
-                                        max_length=253)]
-HostPattern = Annotated[str, StringConstraints(
-    pattern=r"^(\*|(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)$", max_length=253)]
+Host = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", max_length=253)
+]
+HostPattern = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(\*|(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)$", max_length=253
+    ),
+]
 ObjectName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 RouteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?$")]
 PortNumber = Annotated[int, Field(ge=1, le=65535)]

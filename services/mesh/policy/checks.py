@@ -3,27 +3,60 @@
 `check` is pure and returns every finding; errors make `translate` refuse, warnings are for the operator to read.
 """
 
+import ipaddress
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from services.mesh.policy.destination_rule import DestinationRule, OutlierDetection
 from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key_of, qualified
-from services.mesh.policy.others import InferencePool
+from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.policy.problems import Problem
 from services.mesh.policy.virtual_service import MESH, Destination, Route, VirtualService
-from services.mesh.registry import Registry
+from services.mesh.registry import Registry, Service
 
-RETRY_ON = frozenset({
-    "5xx", "gateway-error", "reset", "reset-before-request", "connect-failure", "envoy-ratelimited", "retriable-4xx",
-    "refused-stream", "retriable-status-codes", "retriable-headers", "http3-post-connect-failure",
-    "cancelled", "deadline-exceeded", "internal", "resource-exhausted", "unavailable",
-})
+RETRY_ON = frozenset(
+    {
+        "5xx",
+        "gateway-error",
+        "reset",
+        "reset-before-request",
+        "connect-failure",
+        "envoy-ratelimited",
+        "retriable-4xx",
+        "refused-stream",
+        "retriable-status-codes",
+        "retriable-headers",
+        "http3-post-connect-failure",
+        "cancelled",
+        "deadline-exceeded",
+        "internal",
+        "resource-exhausted",
+        "unavailable",
+    }
+)
 GRPC_STATUS = {
-    name: number for number, name in enumerate((
-        "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
-        "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
-        "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
-    ))
+    name: number
+    for number, name in enumerate(
+        (
+            "OK",
+            "CANCELLED",
+            "UNKNOWN",
+            "INVALID_ARGUMENT",
+            "DEADLINE_EXCEEDED",
+            "NOT_FOUND",
+            "ALREADY_EXISTS",
+            "PERMISSION_DENIED",
+            "RESOURCE_EXHAUSTED",
+            "FAILED_PRECONDITION",
+            "ABORTED",
+            "OUT_OF_RANGE",
+            "UNIMPLEMENTED",
+            "INTERNAL",
+            "UNAVAILABLE",
+            "DATA_LOSS",
+            "UNAUTHENTICATED",
+        )
+    )
 }
 _ENVOY_MAX_EJECTION_PERCENT = 10
 
@@ -49,8 +82,7 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
     for pool in policy.inference_pools:
         add(pool, _pool(pool, policy, registry, ports))
     for entry in policy.service_entries:
-        clash = [host for host in entry.spec.hosts if any(service.host == host for service in registry.services)]
-        add(entry, (("spec.hosts", f"{host} is already a service of the registry") for host in clash))
+        add(entry, _service_entry(entry, policy, registry))
     for singles in (policy.gateways, policy.telemetries):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
@@ -74,14 +106,19 @@ def _virtual_service(service: VirtualService, policy: Policy, ports: dict[str, t
         full = qualified(host, namespace)
         if MESH in gateways and full not in ports:
             yield f"spec.hosts[{number}]", f"unknown host {full}: neither a service of the registry nor a ServiceEntry"
+        if full in [qualified(name, namespace) for name in service.spec.hosts[:number]]:
+            yield f"spec.hosts[{number}]", f"{full} is listed twice"
         for other in policy.virtual_services:
             if key_of(other) >= key_of(service):
                 continue
             theirs = {gateway_name(name, other.metadata.namespace) for name in other.spec.gateways}
             if gateways & theirs and full in {qualified(name, other.metadata.namespace) for name in other.spec.hosts}:
-                yield f"spec.hosts[{number}]", (
-                    f"{full} is already routed by VirtualService/{other.metadata.name}; "
-                    "the order of two such objects is undefined, put the routes into one"
+                yield (
+                    f"spec.hosts[{number}]",
+                    (
+                        f"{full} is already routed by VirtualService/{other.metadata.name}; "
+                        "the order of two such objects is undefined, put the routes into one"
+                    ),
                 )
     for number, route in enumerate(service.spec.http):
         yield from _route(route, f"spec.http[{number}]", service, policy, ports)
@@ -99,9 +136,12 @@ def _route(
         yield from _target(mirror.destination, f"{path}.mirrors[{number}].destination", namespace, policy, ports)
     total = sum(target.weight for target in route.route)
     if len(route.route) > 1 and total != 100:
-        yield f"{path}.route", (
-            f"weights add up to {total}, not 100: Envoy takes weights relative to their sum, so the split would not be "
-            "the percentages written here"
+        yield (
+            f"{path}.route",
+            (
+                f"weights add up to {total}, not 100: Envoy takes weights relative to their sum, so the "
+                "split would not be the percentages written here"
+            ),
         )
     if route.retries is not None and route.retries.retry_on is not None:
         for word in route.retries.retry_on.split(","):
@@ -149,17 +189,45 @@ def _destination_rule(rule: DestinationRule, policy: Policy, ports: dict[str, tu
         if key_of(other) < key_of(rule) and qualified(other.spec.host, other.metadata.namespace) == host:
             yield "spec.host", f"{host} already has DestinationRule/{other.metadata.name}"
     names = [subset.name for subset in rule.spec.subsets]
-    yield from (("spec.subsets", f"subset '{name}' is defined twice") for name in sorted({n for n in names if names.count(n) > 1}))
+    yield from (
+        ("spec.subsets", f"subset '{name}' is defined twice")
+        for name in sorted({n for n in names if names.count(n) > 1})
+    )
     policies = [("spec.trafficPolicy", rule.spec.traffic_policy)]
-    policies += [(f"spec.subsets[{i}].trafficPolicy", subset.traffic_policy) for i, subset in enumerate(rule.spec.subsets)]
+    policies += [
+        (f"spec.subsets[{i}].trafficPolicy", subset.traffic_policy) for i, subset in enumerate(rule.spec.subsets)
+    ]
     for path, traffic in policies:
         for number, port in enumerate(traffic.port_level_settings if traffic is not None else ()):
             if host in ports and port.port.number not in ports[host]:
                 yield f"{path}.portLevelSettings[{number}].port.number", f"{host} has no port {port.port.number}"
 
 
+def _service_entry(entry: ServiceEntry, policy: Policy, registry: Registry) -> Iterator[Finding]:
+    services = {service.host for service in registry.services}
+    for number, host in enumerate(entry.spec.hosts):
+        if host in services:
+            yield f"spec.hosts[{number}]", f"{host} is already a service of the registry"
+        if host in entry.spec.hosts[:number]:
+            yield f"spec.hosts[{number}]", f"{host} is listed twice"
+        for other in policy.service_entries:
+            if key_of(other) < key_of(entry) and host in other.spec.hosts:
+                yield f"spec.hosts[{number}]", f"{host} is already a host of ServiceEntry/{other.metadata.name}"
+    for number, endpoint in enumerate(entry.spec.endpoints):
+        if entry.spec.resolution == "STATIC" and not _is_ip(endpoint.address):
+            yield f"spec.endpoints[{number}].address", f"{endpoint.address} is not an IP address; use resolution DNS"
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _ejection(rule: DestinationRule, registry: Registry) -> Iterator[Finding]:
-    """Envoy ejects while (ejected + 1) stays within the percentage, rounded down: with few endpoints that may be never."""
+    """Envoy ejects while (ejected + 1) of all endpoints stays within the percentage: with few, that may be never."""
     host = qualified(rule.spec.host, rule.metadata.namespace)
     service = next((service for service in registry.services if service.host == host), None)
     if service is None:
@@ -179,31 +247,44 @@ def _ejection(rule: DestinationRule, registry: Registry) -> Iterator[Finding]:
             count = sum(labels.items() <= dict(endpoint.labels).items() for endpoint in endpoints)
             if count and percent * count < 100:
                 needed = "no number of endpoints is enough" if percent == 0 else f"it takes {math.ceil(100 / percent)}"
-                yield f"{path}.outlierDetection.maxEjectionPercent", (
-                    f"{percent} % of the {count} endpoint(s) on port {name} is less than one: nothing is ever ejected "
-                    f"({needed}); use 100"
+                yield (
+                    f"{path}.outlierDetection.maxEjectionPercent",
+                    (
+                        f"{percent} % of the {count} endpoint(s) on port {name} is less than one: nothing is "
+                        f"ever ejected ({needed}); use 100"
+                    ),
                 )
 
 
-def _pool(pool: InferencePool, policy: Policy, registry: Registry, ports: dict[str, tuple[int, ...]]) -> Iterator[Finding]:
+def _pool(
+    pool: InferencePool, policy: Policy, registry: Registry, ports: dict[str, tuple[int, ...]]
+) -> Iterator[Finding]:
     ref = pool.spec.endpoint_picker_ref
     host = qualified(ref.name, pool.metadata.namespace)
     if host not in ports:
         yield "spec.endpointPickerRef.name", f"unknown service {host}"
     elif ref.port.number not in ports[host]:
         yield "spec.endpointPickerRef.port.number", f"{host} has no port {ref.port.number}"
-    members = [service for service in registry.services if selects(pool, service.selector, service.namespace)]
-    for service in members:
+    for service in (service for service in registry.services if picks_for(pool, service)):
         rivals = [
-            other for other in policy.inference_pools
-            if key_of(other) < key_of(pool) and selects(other, service.selector, service.namespace)
+            other for other in policy.inference_pools if key_of(other) < key_of(pool) and picks_for(other, service)
         ]
         yield from (
-            ("spec.selector", f"{service.host} is already picked for by InferencePool/{other.metadata.name}") for other in rivals
+            ("spec.selector", f"{service.host} is already picked for by InferencePool/{other.metadata.name}")
+            for other in rivals
         )
 
 
-def selects(pool: InferencePool, labels: object, namespace: str) -> bool:
+def picks_for(pool: InferencePool, service: Service) -> bool:
+    """Whether requests to `service` are to be placed by the pool's endpoint picker."""
+    if {port.number for port in service.ports}.isdisjoint(port.number for port in pool.spec.target_ports):
+        return False
+    endpoints = (endpoint for group in service.endpoints.values() for endpoint in group)
+    return selects(pool, service.selector, service.namespace) or any(
+        selects(pool, endpoint.labels, service.namespace) for endpoint in endpoints
+    )
+
+
+def selects(pool: InferencePool, labels: Mapping[str, str], namespace: str) -> bool:
     """Whether the pool's selector takes in something with these labels."""
-    wanted = pool.spec.selector.match_labels.items()
-    return isinstance(labels, dict) and pool.metadata.namespace == namespace and wanted <= labels.items()
+    return pool.metadata.namespace == namespace and pool.spec.selector.match_labels.items() <= dict(labels).items()

@@ -88,7 +88,8 @@ def _files(directory: Path, limits: Limits, problems: list[Problem]) -> list[Pat
         problems.append(Problem(_shown(directory), "", "", "not a folder"))
         return []
     paths = sorted(
-        path for path in directory.rglob("*")
+        path
+        for path in directory.rglob("*")
         if path.suffix in _SUFFIXES and path.name not in _NOT_POLICY and path.is_file()
     )
     if len(paths) > limits.files:
@@ -122,14 +123,15 @@ def _documents(path: Path, name: str, limits: Limits, problems: list[Problem]) -
 def _refuse_traps(text: str, limits: Limits) -> None:
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if count > limits.nodes:
             raise yaml.YAMLError(f"more than {limits.nodes} YAML nodes")
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: aliases are not allowed")
+            raise yaml.YAMLError(f"line {line}: aliases are not allowed")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > limits.depth:
-                raise yaml.YAMLError(f"line {event.start_mark.line + 1}: nested deeper than {limits.depth}")
+                raise yaml.YAMLError(f"line {line}: nested deeper than {limits.depth}")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

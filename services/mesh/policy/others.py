@@ -125,10 +125,17 @@ class Gateway(Document):
 
 
 class Tracing(Strict):
-    istio_has: ClassVar[frozenset[str]] = frozenset({
-        "providers", "match", "customTags", "disableSpanReporting", "disableContextPropagation", "enableIstioTags",
-        "useRequestIdForTraceSampling",
-    })
+    istio_has: ClassVar[frozenset[str]] = frozenset(
+        {
+            "providers",
+            "match",
+            "customTags",
+            "disableSpanReporting",
+            "disableContextPropagation",
+            "enableIstioTags",
+            "useRequestIdForTraceSampling",
+        }
+    )
 
     random_sampling_percentage: Percentage
 

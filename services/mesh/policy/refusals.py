@@ -9,16 +9,29 @@ from pydantic import ValidationError
 from services.mesh.policy.base import ISTIO_VERSION, Strict
 
 _UNSUPPORTED = f"not supported by the local control plane (Istio {ISTIO_VERSION} has it)"
-_ISTIO_KINDS = frozenset({
-    "AuthorizationPolicy", "EnvoyFilter", "PeerAuthentication", "ProxyConfig", "RequestAuthentication", "Sidecar",
-    "TrafficExtension", "WasmPlugin", "WorkloadEntry", "WorkloadGroup",
-})
+_ISTIO_KINDS = frozenset(
+    {
+        "AuthorizationPolicy",
+        "EnvoyFilter",
+        "PeerAuthentication",
+        "ProxyConfig",
+        "RequestAuthentication",
+        "Sidecar",
+        "TrafficExtension",
+        "WasmPlugin",
+        "WorkloadEntry",
+        "WorkloadGroup",
+    }
+)
 
 
 def explain(error: ValidationError, model: type[Strict]) -> Iterator[tuple[str, str]]:
     """(path, message) of every mistake in one object."""
-    for item in error.errors(include_url=False, include_context=True):
+    errors = error.errors(include_url=False, include_context=True)
+    for item in errors:
         loc = item["loc"]
+        if item["type"] == "too_short" and any(e["loc"][: len(loc)] == loc != e["loc"] for e in errors):
+            continue  # pydantic counts only the valid items of a list; the invalid ones are reported themselves
         if item["type"] == "extra_forbidden":
             yield _path(loc), _extra(str(loc[-1]), _model_at(model, loc[:-1]))
         elif item["type"] == "missing":
@@ -41,7 +54,9 @@ def _extra(name: str, owner: type[Strict] | None) -> str:
         return _UNSUPPORTED
     fields = [field.alias or key for key, field in owner.model_fields.items()]
     close = difflib.get_close_matches(name, [*fields, *owner.istio_has], n=1)
-    return f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(sorted(fields))}"
+    return (
+        f"unknown field; did you mean {close[0]}?" if close else f"unknown field; known are {', '.join(sorted(fields))}"
+    )
 
 
 def _plain(message: str, value: object) -> str:

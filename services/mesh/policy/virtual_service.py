@@ -27,8 +27,9 @@ from services.mesh.policy.base import (
 
 MESH = "mesh"
 Text = Annotated[str, StringConstraints(max_length=1024)]
-GatewayName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?/)?[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
-                                               max_length=317)]
+GatewayName = Annotated[
+    str, StringConstraints(pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?/)?[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=317)
+]
 
 
 class StringMatch(Strict):

@@ -126,9 +126,12 @@ def test_everything_supported_fits_together(tmp_path: Path) -> None:
         (
             "hosts: [models.other.example]",
             "hosts: [cache.autoglm.svc.cluster.local]",
-            "spec.hosts",
+            "spec.hosts[0]",
             "already a service of the registry",
         ),
+        ("address: 10.0.0.2", "address: a.example", "spec.endpoints[1].address", "is not an IP address"),
+        ("hosts: [models.other.example]", "hosts: [models.clouds.example]", "spec.hosts[0]", "ServiceEntry/clouds"),
+        ("hosts: [sparse-inference]", "hosts: [cache, cache]", "spec.hosts[1]", "is listed twice"),
         (
             "  hosts: [sparse-inference]\n",
             "  hosts: [sparse-inference, sparse-inference.autoglm.svc.cluster.local, '*']\n",

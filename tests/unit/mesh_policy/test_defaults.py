@@ -272,7 +272,7 @@ def test_pools_and_ejection() -> None:
 
 
 def test_a_ports_settings_replace_everything_above_them() -> None:
-    """The canary's port sets a hash only, and inherits neither pool nor ejection of the rule for that port."""
+    """The canary's port sets a hash only: pool and ejection of rule and subset do not reach that port."""
     found = cluster(f"outbound|50051|canary|{WORKERS}")
     assert found["load_balancing_policy"]["policies"][0]["typed_extension_config"]["typed_config"][
         "fallback_policy"
@@ -289,9 +289,12 @@ def test_a_ports_settings_replace_everything_above_them() -> None:
             }
         ],
     }
-    assert (
-        found["connect_timeout"] == "2s"
-    )  # the rule's own blocks still reach the subset, as nothing there overrides them
+    assert found["connect_timeout"] == "10s"
+    assert "outlier_detection" not in found
+    # Istio's port level has no retry budget, so the rule's stays.
+    assert found["circuit_breakers"]["thresholds"][0]["retry_budget"]["min_retry_concurrency"] == 5
+    subset = cluster(f"outbound|50051|v1|{WORKERS}")
+    assert subset["connect_timeout"] == "2s"  # a subset's own block replaces that block only
 
 
 def test_a_picked_host_takes_the_pickers_choice_first() -> None:

@@ -45,7 +45,7 @@ def test_the_base_policy_loads() -> None:
 
 
 def _refused() -> Iterator[tuple[str, str, str]]:
-    """(kind, path of a field that Istio has and we lack, the field), found by walking the models beside the document."""
+    """(kind, path of a field that Istio has and we lack, the field), by walking models and document together."""
     documents = list(yaml.safe_load_all(EVERYTHING.read_text()))
 
     def walk(model: type[Strict], value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -139,7 +139,8 @@ spec:
     found = problems(tmp_path)
     unsupported = "not supported by the local control plane (Istio 1.30.3 has it)"
     for line in (
-        "a.yaml: VirtualService/gateway: spec.http[0].timeout: must be a duration such as 10s, 1.5s, 250ms or 1h (got 'fast')",
+        "a.yaml: VirtualService/gateway: spec.http[0].timeout: "
+        "must be a duration such as 10s, 1.5s, 250ms or 1h (got 'fast')",
         f"a.yaml: VirtualService/gateway: spec.http[0].corsPolicy: {unsupported}",
         "a.yaml: VirtualService/gateway: spec.http[0].rout: unknown field; did you mean route?",
         "a.yaml: VirtualService/gateway: spec.http[0].route[0].weight: input should be a valid integer (got '90')",

@@ -1,0 +1,147 @@
+"""DestinationRule → Envoy clusters: one per port and one more per subset, with Istio's defaults."""
+
+from services.mesh.policy.destination_rule import HttpSettings, OutlierDetection, TcpSettings, TrafficPolicy
+from services.mesh.translate.balancing import balancing
+from services.mesh.translate.endpoints import load_assignment, selected
+from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, cluster_name, file_name, seconds
+from services.mesh.translate.node import NodeSettings
+from services.mesh.translate.world import Host, Port, World
+
+CONNECT_TIMEOUT = "10s"
+_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+
+def clusters(world: World, node: NodeSettings) -> list[Json]:
+    """All clusters, in a stable order. The unsubsetted one always exists."""
+    return [
+        _cluster(host, port, subset, node)
+        for host in world.hosts.values()
+        for port in host.ports
+        for subset in ("", *(subset.name for subset in host.subsets))
+    ]
+
+
+def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
+    name = cluster_name(host.name, port.number, subset)
+    traffic = host.policy(port.number, subset)
+    pool = traffic.connection_pool
+    tcp = pool.tcp if pool is not None else TcpSettings()
+    http = pool.http if pool is not None else HttpSettings()
+    cluster: Json = {
+        "@type": CLUSTER,
+        "name": name,
+        "alt_stat_name": name + ";",
+        "connect_timeout": seconds(tcp.connect_timeout) if tcp.connect_timeout is not None else CONNECT_TIMEOUT,
+        "per_connection_buffer_limit_bytes": node.buffer_limit_bytes,
+        "circuit_breakers": {"thresholds": [_thresholds(tcp, http, traffic)]},
+        "common_lb_config": _common_lb(traffic, node),
+        "typed_extension_protocol_options": {_HTTP_OPTIONS: _http_options(tcp, http, is_http2=port.is_http2)},
+        "metadata": {"filter_metadata": {"istio": {"services": [{"host": host.name}], "subset": subset or "default"}}},
+        **balancing(traffic.load_balancer, is_picked=host.picked_by is not None),
+        **_discovery(host, port, subset, traffic, node),
+    }
+    if traffic.outlier_detection is not None:
+        cluster["outlier_detection"] = _outliers(traffic.outlier_detection)
+    if tcp.tcp_keepalive is not None:
+        alive = tcp.tcp_keepalive
+        cluster["upstream_connection_options"] = {
+            "tcp_keepalive": {
+                key: value
+                for key, value in (
+                    ("keepalive_probes", alive.probes),
+                    ("keepalive_time", int(alive.time.total_seconds()) if alive.time is not None else None),
+                    ("keepalive_interval", int(alive.interval.total_seconds()) if alive.interval is not None else None),
+                )
+                if value is not None
+            }
+        }
+    return cluster
+
+
+def _discovery(host: Host, port: Port, subset: str, traffic: TrafficPolicy, node: NodeSettings) -> Json:
+    name = cluster_name(host.name, port.number, subset)
+    if host.resolves_by_dns:
+        members = selected(host, port, subset)
+        return {
+            "type": "STRICT_DNS",
+            "dns_refresh_rate": "60s",
+            "respect_dns_ttl": True,
+            "load_assignment": load_assignment(name, members, traffic, node),
+        }
+    directory = node.run_directory / "eds"
+    config = {
+        "path_config_source": {
+            "path": str(directory / file_name(name)),
+            "watched_directory": {"path": str(directory)},
+        },
+        "resource_api_version": "V3",
+    }
+    return {"type": "EDS", "eds_cluster_config": {"eds_config": config, "service_name": name}}
+
+
+def _thresholds(tcp: TcpSettings, http: HttpSettings, traffic: TrafficPolicy) -> Json:
+    limits: Json = {
+        "max_connections": tcp.max_connections or UNLIMITED,
+        "max_pending_requests": http.http1_max_pending_requests or UNLIMITED,
+        "max_requests": http.http2_max_requests or UNLIMITED,
+        "max_retries": http.max_retries or UNLIMITED,
+        "track_remaining": False,
+    }
+    if traffic.retry_budget is not None:
+        percent, minimum = traffic.retry_budget.percent, traffic.retry_budget.min_retry_concurrency
+        limits["retry_budget"] = {
+            "budget_percent": {"value": 20 if percent is None else percent},
+            "min_retry_concurrency": 3 if minimum is None else minimum,
+        }
+    return limits
+
+
+def _common_lb(traffic: TrafficPolicy, node: NodeSettings) -> Json:
+    config: Json = {}
+    if traffic.outlier_detection is not None:
+        config["healthy_panic_threshold"] = {"value": traffic.outlier_detection.min_health_percent}
+    if node.update_merge_window_s is not None:
+        config["update_merge_window"] = seconds(node.update_merge_window_s)
+    return config
+
+
+def _http_options(tcp: TcpSettings, http: HttpSettings, *, is_http2: bool) -> Json:
+    speaks_http2 = is_http2 or http.h2_upgrade_policy == "UPGRADE"
+    common: Json = {}
+    idle = http.idle_timeout if http.idle_timeout is not None else tcp.idle_timeout
+    if idle is not None:
+        common["idle_timeout"] = seconds(idle)
+    if tcp.max_connection_duration is not None:
+        common["max_connection_duration"] = seconds(tcp.max_connection_duration)
+    if http.max_requests_per_connection:
+        common["max_requests_per_connection"] = http.max_requests_per_connection
+    streams = {"max_concurrent_streams": http.max_concurrent_streams} if http.max_concurrent_streams else {}
+    explicit: Json = {"http2_protocol_options": streams} if speaks_http2 else {"http_protocol_options": {}}
+    options: Json = {"@type": TYPE_URL + _HTTP_OPTIONS, "explicit_http_config": explicit}
+    if common:
+        options["common_http_protocol_options"] = common
+    return options
+
+
+def _outliers(detection: OutlierDetection) -> Json:
+    config: Json = {"enforcing_success_rate": 0}
+    if detection.interval is not None:
+        config["interval"] = seconds(detection.interval)
+    if detection.base_ejection_time is not None:
+        config["base_ejection_time"] = seconds(detection.base_ejection_time)
+    if detection.max_ejection_percent is not None:
+        config["max_ejection_percent"] = detection.max_ejection_percent
+    for name, enforcing, count in (
+        ("consecutive_5xx", "enforcing_consecutive_5xx", detection.consecutive_5xx_errors),
+        ("consecutive_gateway_failure", "enforcing_consecutive_gateway_failure", detection.consecutive_gateway_errors),
+    ):
+        if count is not None:
+            config |= {name: count, enforcing: 100} if count else {enforcing: 0}
+    if detection.split_external_local_origin_errors:
+        config["split_external_local_origin_errors"] = True
+        failures = detection.consecutive_local_origin_failures
+        if failures:
+            config["consecutive_local_origin_failure"] = failures
+        config["enforcing_consecutive_local_origin_failure"] = 0 if failures == 0 else 100
+        config["enforcing_local_origin_success_rate"] = 0
+    return config

@@ -1,0 +1,161 @@
+"""The two listeners: `outbound` between services, `ingress` from outside; and what the outside may not say.
+
+Whatever changes often is not here: a changed listener is drained, and draining ends long streams.
+"""
+
+from services.mesh.policy import Policy
+from services.mesh.translate.names import DESTINATION_HEADER, LISTENER, TYPE_URL, Json, seconds, socket_address
+from services.mesh.translate.node import NodeSettings
+from services.mesh.translate.picker import picker_filter
+from services.mesh.translate.routes import FAULT, INGRESS, OUTBOUND
+from services.mesh.translate.world import World
+
+OTLP_CLUSTER = "otlp"
+ACCESS_LOG = "access.log"
+NOT_FROM_OUTSIDE = (
+    "x-autoglm-",  # ours: tenant, variant, resume position
+    "x-gateway-",  # endpoint picker protocol: destination, subset hint, fairness, objective
+    "x-llm-d-",  # the same in llm-d's newer spelling
+    "x-slo-",
+    "x-prefiller-",
+    "x-encoder-hosts-",
+    "x-envoy-",  # timeouts, retries, tracing decisions
+    "test-epp-",  # conformance aid that names the endpoint to use
+)
+"""Prefixes of request headers removed at the ingress before anything reads them."""
+_HTTP = TYPE_URL + "envoy.extensions.filters.http."
+_ACCESS_FIELDS = {
+    "start": "%START_TIME%",
+    "trace_id": "%TRACE_ID%",
+    "request_id": "%REQ(X-REQUEST-ID)%",
+    "method": "%REQ(:METHOD)%",
+    "authority": "%REQ(:AUTHORITY)%",
+    "path": "%REQ(:PATH):256%",
+    "status": "%RESPONSE_CODE%",
+    "grpc_status": "%GRPC_STATUS%",
+    "flags": "%RESPONSE_FLAGS%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "duration_ms": "%DURATION%",
+    "bytes_in": "%BYTES_RECEIVED%",
+    "bytes_out": "%BYTES_SENT%",
+    "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+    "cluster": "%UPSTREAM_CLUSTER_RAW%",
+    "upstream": "%UPSTREAM_HOST%",
+    "peer": "%DOWNSTREAM_REMOTE_ADDRESS%",
+}
+
+
+def listeners(policy: Policy, world: World, node: NodeSettings) -> list[Json]:
+    """`outbound` always, `ingress` where a Gateway is defined."""
+    picker = picker_filter(world, node)
+    sampling = world.sampling_percent if world.sampling_percent is not None else node.tracing_sampling_percent
+    outbound = _manager(OUTBOUND, "envoy-mesh", [picker] if picker is not None else [], sampling, node)
+    # Only the picker says where a request goes; what a caller wrote there must not survive a picker that is down.
+    outbound["early_header_mutation_extensions"] = [_removal((DESTINATION_HEADER,))]
+    result = [_listener(OUTBOUND, node.outbound_port, outbound, node)]
+    if policy.gateways:
+        ingress = _manager(INGRESS, "envoy-ingress", [], sampling, node)
+        ingress |= {
+            "use_remote_address": True,
+            "request_headers_timeout": seconds(node.request_headers_timeout_s),
+            "early_header_mutation_extensions": [_removal(NOT_FROM_OUTSIDE)],
+        }
+        result.append(_listener(INGRESS, node.ingress_port, ingress, node))
+    return result
+
+
+def _listener(name: str, port: int, manager: Json, node: NodeSettings) -> Json:
+    network = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+    return {
+        "@type": LISTENER,
+        "name": name,
+        "address": socket_address(node.listen_address, port),
+        "per_connection_buffer_limit_bytes": node.buffer_limit_bytes,
+        "traffic_direction": "OUTBOUND",
+        "filter_chains": [{"filters": [network]}],
+    }
+
+
+def _manager(name: str, span_service: str, extra: list[Json], sampling: float, node: NodeSettings) -> Json:
+    directory = node.run_directory / "rds"
+    manager: Json = {
+        "@type": TYPE_URL + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": name,
+        "codec_type": "AUTO",
+        "rds": {
+            "route_config_name": name,
+            "config_source": {
+                "path_config_source": {
+                    "path": str(directory / f"{name}.json"),
+                    "watched_directory": {"path": str(directory)},
+                },
+                "resource_api_version": "V3",
+            },
+        },
+        "http_filters": [*extra, *_FILTERS],
+        "access_log": [_access_log(name, node)],
+        "stream_idle_timeout": "0s",
+        "request_timeout": "0s",
+        "common_http_protocol_options": {
+            "idle_timeout": seconds(node.connection_idle_timeout_s),
+            "max_headers_count": node.max_request_headers,
+        },
+        "http2_protocol_options": {"max_concurrent_streams": node.max_concurrent_streams},
+        "max_request_headers_kb": node.max_request_headers_kb,
+        "normalize_path": True,
+        "merge_slashes": False,
+        "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
+        "use_remote_address": False,
+        "generate_request_id": True,
+    }
+    if node.otlp_endpoint:
+        manager["tracing"] = {
+            "provider": {
+                "name": "envoy.tracers.opentelemetry",
+                "typed_config": {
+                    "@type": TYPE_URL + "envoy.config.trace.v3.OpenTelemetryConfig",
+                    "grpc_service": {"envoy_grpc": {"cluster_name": OTLP_CLUSTER}, "timeout": "0.250s"},
+                    "service_name": span_service,
+                },
+            },
+            "client_sampling": {"value": 100},
+            "random_sampling": {"value": sampling},
+            "overall_sampling": {"value": 100},
+            "spawn_upstream_span": True,
+        }
+    return manager
+
+
+_FILTERS: tuple[Json, ...] = (
+    {
+        "name": "envoy.filters.http.grpc_stats",
+        "typed_config": {
+            "@type": _HTTP + "grpc_stats.v3.FilterConfig",
+            "emit_filter_state": True,
+            "stats_for_all_methods": False,
+        },
+    },
+    {"name": FAULT, "typed_config": {"@type": _HTTP + "fault.v3.HTTPFault"}},
+    {"name": "envoy.filters.http.router", "typed_config": {"@type": _HTTP + "router.v3.Router"}},
+)
+
+
+def _removal(prefixes: tuple[str, ...]) -> Json:
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {
+            "@type": TYPE_URL + "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+            "mutations": [{"remove_on_match": {"key_matcher": {"prefix": prefix}}} for prefix in prefixes],
+        },
+    }
+
+
+def _access_log(name: str, node: NodeSettings) -> Json:
+    return {
+        "name": "envoy.access_loggers.file",
+        "typed_config": {
+            "@type": TYPE_URL + "envoy.extensions.access_loggers.file.v3.FileAccessLog",
+            "path": str(node.run_directory / ACCESS_LOG),
+            "log_format": {"json_format": {"listener": name, **_ACCESS_FIELDS}},
+        },
+    }

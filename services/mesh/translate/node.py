@@ -1,0 +1,42 @@
+"""What one Envoy is told about itself: where it listens, where its files are, whom it reports to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """Settings of one local Envoy. Everything that is not traffic policy is here, and only here."""
+
+    run_directory: Path
+    """Absolute folder for `bootstrap.json`, the four xDS folders and the access log."""
+    listen_address: str = "127.0.0.1"
+    ingress_port: int = 8080
+    outbound_port: int = 15001
+    admin_port: int = 15000
+    otlp_endpoint: str = ""
+    """`host:port` of an OTLP/gRPC receiver; empty: no spans leave Envoy."""
+    locality: str = ""
+    """`region/zone/subzone` of this node: with outlier detection, nearer endpoints are preferred."""
+    service_name: str = "autoglm-mesh"
+    tracing_sampling_percent: float = 1.0
+    """Share of new traces recorded unless a Telemetry object says otherwise (Istio's default is 1 %)."""
+    update_merge_window_s: float | None = None
+    """How long health and endpoint changes are gathered: None is Istio's (and Envoy's) 1 s, 0 is at once."""
+    picker_message_timeout_s: float = 1.0
+    """How long Envoy waits for each answer of the endpoint picker before the failure mode applies."""
+    picker_dialect: Literal["resilient", "istio"] = "resilient"
+    """`resilient`: the picker sees headers and asks for the body; its death fails no request. `istio`: full duplex."""
+    max_connections: int = 4096
+    """Open connections per listener; beyond it new ones are closed at once."""
+    max_concurrent_streams: int = 1024
+    """HTTP/2 streams per client connection."""
+    max_request_headers_kb: int = 60
+    max_request_headers: int = 100
+    buffer_limit_bytes: int = 1 << 20
+    """Soft bound on what Envoy holds for one slow connection, each way."""
+    request_headers_timeout_s: float = 10.0
+    """Ingress only: how long a client may take to send its request headers."""
+    connection_idle_timeout_s: float = 3600.0
+    """Closes connections without a request; streams never time out by idling."""
