@@ -237,7 +237,7 @@ class Loop:
         scores = (logprobs_of(logits, token, request.top_logprobs),) if request.logprobs else ()
         sequence.output.append(token)
         self._generated += 1
-        self._tell(sequence, Tokens((token,), scores))
+        self._tell(sequence, Tokens((token,), scores, sequence.cached_prompt_tokens))
         if sequence.produced >= request.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, None)
 
@@ -275,7 +275,7 @@ class Loop:
                 reason=reason,
                 stop_token_id=stop_token_id,
                 prompt_tokens=len(sequence.prompt),
-                cached_tokens=min(sequence.cached_tokens, len(sequence.prompt)),
+                cached_tokens=sequence.cached_prompt_tokens,
                 completion_tokens=len(sequence.output),
             ),
         )

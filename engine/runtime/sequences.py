@@ -51,6 +51,8 @@ class Tokens:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...] = ()
+    cached_tokens: int = 0
+    """Prompt tokens that came from a cache; the same in all of a request's events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,10 @@ class Running:
     @property
     def capacity_tokens(self) -> int:
         return len(self.request.token_ids) + (0 if self.request.score_from is not None else self.request.max_tokens)
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        return min(self.cached_tokens, len(self.prompt))
 
     @property
     def produced(self) -> int:

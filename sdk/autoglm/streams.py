@@ -14,7 +14,7 @@ from typing import Any, Self, TypeAlias, cast
 import grpc
 
 from autoglm.assembly import Assembly
-from autoglm.completion import Completion
+from autoglm.completion import Choice, Completion
 from autoglm.errors import AutoglmError, CallCancelledError
 from autoglm.events import Done, Event
 from autoglm.statuses import EndedCall, cancelled_on_the_way, text_metadata
@@ -48,8 +48,13 @@ class Stream(Iterator[Event]):
 
     @property
     def trace_id(self) -> str:
-        """Trace of this request; empty before the first event."""
+        """Trace of this request; empty until the gateway has told it, at the latest with `Done`."""
         return self._assembly.trace_id
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What has arrived so far: the choices that have begun, in order."""
+        return self._assembly.choices()
 
     @property
     def variant_digest(self) -> str:
@@ -141,8 +146,13 @@ class AsyncStream(AsyncIterator[Event]):
 
     @property
     def trace_id(self) -> str:
-        """Trace of this request; empty before the first event."""
+        """Trace of this request; empty until the gateway has told it, at the latest with `Done`."""
         return self._assembly.trace_id
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What has arrived so far: the choices that have begun, in order."""
+        return self._assembly.choices()
 
     @property
     def variant_digest(self) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from opentelemetry.instrumentation.grpc import aio_client_interceptors
 
 from services.chassis import deadlines
 from services.chassis.errors import OutOfTime
 from services.chassis.settings import ServiceSettings
+from services.chassis.tracing import client_interceptors
 
 KEEPALIVE_MS = 20_000
 """Finds a silently dead peer; gRPC servers accept no more than one ping per 10 s from an idle client."""
@@ -29,7 +29,7 @@ def connect(settings: ServiceSettings, service: str) -> grpc.aio.Channel:
         ("grpc.enable_retries", 0),  # retries are the mesh's business, stated once in istio/base
     ]
     margin_s = settings.hop_margin_ms / 1000
-    interceptors: list[Any] = [*deadline_interceptors(margin_s), *aio_client_interceptors()]  # type: ignore[no-untyped-call]
+    interceptors: list[Any] = [*deadline_interceptors(margin_s), *client_interceptors()]
     return grpc.aio.insecure_channel(settings.mesh_address, options=options, interceptors=interceptors)
 
 
@@ -42,7 +42,9 @@ class _Deadline:
     def __init__(self, margin_s: float) -> None:
         self._margin_s = margin_s
 
-    async def _go(self, continuation: Callable[[Any, Any], Any], details: grpc.aio.ClientCallDetails, request: Any) -> Any:
+    async def _go(
+        self, continuation: Callable[[Any, Any], Any], details: grpc.aio.ClientCallDetails, request: Any
+    ) -> Any:
         timeout = deadlines.for_next_hop(self._margin_s, details.timeout)
         if timeout is not None and timeout <= 0:
             raise OutOfTime("no time was left for the next service", hop=details.method)

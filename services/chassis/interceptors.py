@@ -121,7 +121,9 @@ class _Call:
         elapsed = time.monotonic() - self.started
         RPC_SECONDS.labels(self.method, code).observe(elapsed)
         level = logging.DEBUG if code in ("OK", "CANCELLED") else logging.INFO
-        log.log(level, "rpc", extra={"facts": {"method": self.method, "code": code, "ms": round(elapsed * 1e3, 1)} | facts})
+        log.log(
+            level, "rpc", extra={"facts": {"method": self.method, "code": code, "ms": round(elapsed * 1e3, 1)} | facts}
+        )
 
 
 def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

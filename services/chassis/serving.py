@@ -90,7 +90,8 @@ class Member:
 def _add_reflection(server: grpc.aio.Server, names: tuple[str, ...]) -> None:
     reflection.enable_server_reflection((*names, REFLECTION_V1, reflection.SERVICE_NAME), server)
     servicer = reflection.aio.ReflectionServicer(  # type: ignore[attr-defined]  # chosen at import
-        (*names, REFLECTION_V1, reflection.SERVICE_NAME))
+        (*names, REFLECTION_V1, reflection.SERVICE_NAME)
+    )
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,

@@ -98,9 +98,7 @@ def load_report(load: Load) -> scheduler_pb2.LeaseRequest:
 
 def prefix_report(added: Sequence[bytes], removed: Sequence[bytes], reset: bool) -> scheduler_pb2.LeaseRequest:
     """Which blocks came and went."""
-    return scheduler_pb2.LeaseRequest(
-        prefixes=scheduler_pb2.PrefixReport(reset=reset, added=added, removed=removed)
-    )
+    return scheduler_pb2.LeaseRequest(prefixes=scheduler_pb2.PrefixReport(reset=reset, added=added, removed=removed))
 
 
 def drain_notice() -> scheduler_pb2.LeaseRequest:
@@ -109,6 +107,4 @@ def drain_notice() -> scheduler_pb2.LeaseRequest:
 
 
 def _scope(scope: Scope) -> cache_pb2.Scope:
-    return cache_pb2.Scope(
-        variant_digest=scope.variant_digest, tenant=scope.tenant, block_tokens=scope.block_tokens
-    )
+    return cache_pb2.Scope(variant_digest=scope.variant_digest, tenant=scope.tenant, block_tokens=scope.block_tokens)

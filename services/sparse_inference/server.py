@@ -65,9 +65,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
                 yield pb.GenerateResponse(variant_digest=digest, chunk=_chunk(event, position))
                 position += len(event.token_ids)
 
-    async def Score(
-        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.ScoreResponse:
+    async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ScoreResponse:
         self._fence(request.variant_digest, "")
         start = request.start or 1
         if start >= len(request.token_ids):
@@ -183,6 +181,7 @@ def _chunk(event: Tokens, position: int) -> pb.TokenChunk:
         token_ids=event.token_ids,
         logprobs=[_logprobs(entry) for entry in event.logprobs],
         first_position=position,
+        cached_tokens=event.cached_tokens,
     )
 
 

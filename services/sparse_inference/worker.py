@@ -141,7 +141,9 @@ def _merge(events: list[Event]) -> list[Tokens | Finished]:
             }[event]
         last = merged[-1] if merged else None
         if isinstance(event, Tokens) and isinstance(last, Tokens):
-            merged[-1] = Tokens(last.token_ids + event.token_ids, last.logprobs + event.logprobs)
+            merged[-1] = replace(
+                event, token_ids=last.token_ids + event.token_ids, logprobs=last.logprobs + event.logprobs
+            )
         else:
             merged.append(event)
     return merged

@@ -161,9 +161,7 @@ def reached() -> list[Message]:
 @pytest.fixture
 async def channel(reached: list[Message]) -> AsyncIterator[grpc.aio.Channel]:
     """A server with every method of every service behind the chassis's interceptor."""
-    server = grpc.aio.server(
-        interceptors=[EdgeInterceptor()], options=[("grpc.max_receive_message_length", 64 << 20)]
-    )
+    server = grpc.aio.server(interceptors=[EdgeInterceptor()], options=[("grpc.max_receive_message_length", 64 << 20)])
 
     def handler(method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
         async def one(request: Any, context: Any) -> Any:
@@ -262,7 +260,9 @@ async def test_broken_bounds_are_refused(
             assert field.name in text, f"{case}: {text!r} does not name the field"
             tried += 1
         assert not reached, f"{case}: a refused request reached the service"
-    assert tried or not method.input_type.fields or all(bounds_of(c.path[-1]) is None for c in CASES if c.method is method)
+    assert (
+        tried or not method.input_type.fields or all(bounds_of(c.path[-1]) is None for c in CASES if c.method is method)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)

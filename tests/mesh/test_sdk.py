@@ -233,14 +233,27 @@ async def test_a_failure_midway_keeps_the_partial(client: Any, gateway: FakeGate
     assert caught.value.partial_text == "half"
 
 
-async def test_a_server_that_dies_midway_is_an_interruption(client: Any, gateway: FakeGateway) -> None:
-    """The connection itself breaks."""
+async def test_a_server_that_dies_midway_is_an_interruption_sync(gateway: FakeGateway) -> None:
+    """The connection itself breaks after the first text."""
     gateway.script(delta("half"), forever())
-    call = asyncio.ensure_future(client.generate("x"))
-    await gateway.started.wait()
-    await gateway.stop()
-    with pytest.raises((InterruptedStreamError, UnavailableError, CallCancelledError)):
-        await call
+    with Client(gateway.target) as client:
+        stream = client.stream("x", model="m")
+        await asyncio.to_thread(next, stream)
+        await gateway.stop()
+        with pytest.raises(InterruptedStreamError) as caught:
+            await asyncio.to_thread(next, stream)
+    assert caught.value.partial_text == "half"
+
+
+async def test_a_server_that_dies_midway_is_an_interruption_async(gateway: FakeGateway) -> None:
+    """The same for the asyncio client."""
+    gateway.script(delta("half"), forever())
+    async with AsyncClient(gateway.target) as client, client.stream("x") as stream:
+        await anext(stream)
+        await gateway.stop()
+        with pytest.raises(InterruptedStreamError) as caught:
+            await anext(stream)
+    assert caught.value.partial_text == "half"
 
 
 async def test_nobody_there_is_unavailable(client: Any, gateway: FakeGateway) -> None:

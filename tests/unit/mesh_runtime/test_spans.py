@@ -60,10 +60,12 @@ def test_every_span_appears_exactly_once(raw: list[tuple[int, int, int]]) -> Non
 
 def test_the_drawing_names_every_service_with_times_and_facts() -> None:
     """A terminal gets bars, a pipe gets plain lines; both name service, offset, duration and the facts."""
-    tree = build([
-        span("a", service="envoy-ingress", start=0, end=100),
-        span("b", "a", 25, 75, "sparse-inference", **{"gen_ai.usage.output_tokens": "12", "boring": "x"}),
-    ])
+    tree = build(
+        [
+            span("a", service="envoy-ingress", start=0, end=100),
+            span("b", "a", 25, 75, "sparse-inference", **{"gen_ai.usage.output_tokens": "12", "boring": "x"}),
+        ]
+    )
     output = io.StringIO()
     timeline.show(tree, Console(file=output, force_terminal=True, width=200))
     drawn = output.getvalue()
@@ -73,6 +75,16 @@ def test_the_drawing_names_every_service_with_times_and_facts() -> None:
     text = piped.getvalue()
     assert "└─ sparse-inference work b  at +25.0 ms, took 50.0 ms  out=12" in text
     assert "━" not in text and "boring" not in text and "\x1b" not in text
+
+
+def test_names_lose_what_every_reader_knows() -> None:
+    """The package of a method and the domain of a host are left out; anything else stays as it is."""
+    assert timeline.title("/autoglm.gateway.v1.GatewayService/Generate") == "GatewayService/Generate"
+    assert timeline.title("egress cache.autoglm.svc.cluster.local") == "egress cache"
+    assert timeline.title("router outbound|50051|v1|worker.autoglm.svc.cluster.local; egress") == "router → worker v1"
+    picking = "async envoy.service.ext_proc.v3.ExternalProcessor.Process egress"
+    assert timeline.title(picking) == "asks ExternalProcessor"
+    assert timeline.title("fetch prefix") == "fetch prefix"
 
 
 def test_bars_lie_where_the_time_was() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from services.mesh.supervise import Patience, Phase, Program, StartFailed, Supervisor, backoff_s
+from services.mesh.process import Patience, Phase, Program, backoff_s
+from services.mesh.supervise import StartFailed, Supervisor
 
 QUICK = Patience(start_timeout_s=10, start_attempts=2, backoff_first_s=0.01, backoff_cap_s=0.05, grace_s=0.5)
 READY = "import sys,time,json; print(json.dumps({'message': 'ready', 'grpc_port': 7}), file=sys.stderr, flush=True); "
@@ -71,10 +72,12 @@ async def test_a_program_starts_only_when_those_before_it_are_ready(tmp_path: Pa
     """Order holds: the second is not even started before the first is ready."""
     gate = tmp_path / "gate"
     slow = f"import os,time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n" + READY + "time.sleep(60)"
-    watched = Watched([
-        program(tmp_path, "first", slow),
-        program(tmp_path, "second", READY + "time.sleep(60)", after=("first",)),
-    ])
+    watched = Watched(
+        [
+            program(tmp_path, "first", slow),
+            program(tmp_path, "second", READY + "time.sleep(60)", after=("first",)),
+        ]
+    )
     watched.supervisor.start()
     try:
         await watched.until(lambda: watched["first"].pid is not None)
@@ -106,10 +109,12 @@ def test_pauses_double_up_to_the_cap() -> None:
 
 async def test_what_never_becomes_ready_is_named_with_its_last_words(tmp_path: Path) -> None:
     """The error of a failed start has the name, the exit status and the end of the log."""
-    watched = Watched([
-        program(tmp_path, "fine", READY + "time.sleep(60)"),
-        program(tmp_path, "broken", "print('no such model'); raise SystemExit(2)"),
-    ])
+    watched = Watched(
+        [
+            program(tmp_path, "fine", READY + "time.sleep(60)"),
+            program(tmp_path, "broken", "print('no such model'); raise SystemExit(2)"),
+        ]
+    )
     watched.supervisor.start()
     try:
         with pytest.raises(StartFailed, match=r"broken did not start \(exit status 2\)[\s\S]*no such model"):
@@ -162,10 +167,12 @@ async def test_stop_is_graceful_then_firm_and_may_be_called_twice(tmp_path: Path
 
 async def test_stop_before_anything_is_ready_ends_everything(tmp_path: Path) -> None:
     """Ctrl-C while starting leaves nothing behind, neither started nor waiting."""
-    watched = Watched([
-        program(tmp_path, "slow", "import time; time.sleep(60)"),
-        program(tmp_path, "later", READY, after=("slow",)),
-    ])
+    watched = Watched(
+        [
+            program(tmp_path, "slow", "import time; time.sleep(60)"),
+            program(tmp_path, "later", READY, after=("slow",)),
+        ]
+    )
     watched.supervisor.start()
     await watched.until(lambda: watched["slow"].pid is not None)
     pid = watched["slow"].pid
@@ -178,7 +185,8 @@ async def test_killing_the_supervisor_leaves_no_orphans(tmp_path: Path) -> None:
     code = f"""
 import asyncio, os, sys
 from pathlib import Path
-from services.mesh.supervise import Patience, Program, Supervisor
+from services.mesh.process import Patience, Program
+from services.mesh.supervise import Supervisor
 async def main():
     command = (sys.executable, "-I", "-S", "-c", {READY + "time.sleep(60)"!r})
     programs = [Program(n, command, dict(os.environ), Path({str(tmp_path)!r}) / n) for n in ("a", "b")]

@@ -500,7 +500,7 @@ class Decision(_message.Message):
     max_tokens: _builtins.int
     """Most tokens wanted. Unit: tokens."""
     prefix_hash: _builtins.bytes
-    """Hash of the prompt's last whole block, 32 bytes, or empty; says which prompts shared a prefix, not what they said."""
+    """Hash of the prompt's first whole blocks (at most 64), 32 bytes, or empty: says which prompts begin alike, not how."""
     deadline_ms: _builtins.int
     """Time left to the caller when the decision was made, 0 when there was no deadline. Unit: milliseconds."""
     refusal: _builtins.str

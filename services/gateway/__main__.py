@@ -1,0 +1,62 @@
+"""`python -m services.gateway`: the public face of the mesh, gRPC and OpenAI-style REST in one process and one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+
+from autoglm.gateway.v1 import gateway_pb2_grpc
+
+from services.chassis.channels import connect
+from services.chassis.serving import Member
+from services.chassis.settings import read
+from services.gateway.clients import Tokenizer, Workers
+from services.gateway.generation import Gateway
+from services.gateway.limits import Admission
+from services.gateway.models import Catalogue
+from services.gateway.rest import app
+from services.gateway.rest.listener import Listener
+from services.gateway.server import SERVICE_NAME, GatewayServicer
+from services.gateway.settings import Settings
+
+log = logging.getLogger("autoglm.gateway")
+
+
+async def main(settings: Settings) -> None:
+    member = Member("gateway", settings, [SERVICE_NAME])
+    log.info("settings", extra={"facts": settings.model_dump()})
+    tokenizer_channel, worker_channel = connect(settings, "tokenizer"), connect(settings, "sparse-inference")
+    workers = Workers(worker_channel, settings.peer_timeout_s, settings.generate_retries)
+    gateway = Gateway(
+        settings=settings,
+        tokenizer=Tokenizer(tokenizer_channel, settings.peer_timeout_s, settings.token_bytes_cache),
+        workers=workers,
+        catalogue=Catalogue(workers.describe, settings.model_info_ttl_s, time.time, time.monotonic),
+        admission=Admission(settings.max_in_flight, settings.retry_after_s),
+        new_seed=lambda: secrets.randbits(63),
+    )
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(gateway, new_id), member.server)
+    rest = Listener(app.build(gateway, new_id, time.time), settings)
+    await member.start()
+    serving = asyncio.create_task(rest.serve(), name="rest")
+
+    async def drain() -> None:
+        rest.stop()
+        await asyncio.gather(serving, member.server.stop(settings.drain_grace_s))
+
+    member.before_drain(drain)
+    log.info("listening", extra={"facts": {"rest_port": rest.port}})
+    await member.ready()
+    await member.run()
+    await asyncio.gather(tokenizer_channel.close(None), worker_channel.close(None))
+
+
+def new_id() -> str:
+    """A name for a request; random, so that no two gateways give the same."""
+    return f"req-{secrets.token_hex(16)}"
+
+
+if __name__ == "__main__":
+    asyncio.run(main(read(Settings)))

@@ -1,0 +1,238 @@
+"""One generation's life: prompt to ids, one worker stream per choice, ids to text up to a stop string, the counts.
+
+`server.py` and `rest/` start a `Generation` and read its events; it knows neither protobuf nor HTTP. All work runs in
+one task of its own under the caller's deadline, so that a slow or vanished client holds no worker: closing the
+generation, or its deadline, ends every stream at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self, assert_never
+
+from opentelemetry import trace
+
+from services.chassis import deadlines
+from services.chassis.errors import InvalidRequest, OutOfTime, WrongVariant
+from services.gateway.clients import Tokenizer, Workers
+from services.gateway.events import Alternative, Delta, Event, Finished, TokenText, Usage
+from services.gateway.limits import Admission, check, prompt_field, tokens_to_generate
+from services.gateway.models import Catalogue, Model
+from services.gateway.observation import Observation
+from services.gateway.requests import Chat, Ids, Prompt, Request, Text
+from services.gateway.settings import Settings
+from services.gateway.stops import Transcript
+from services.gateway.work import Decoded, Encoded, End, Tokens, Work
+
+_TRACER = trace.get_tracer("autoglm.gateway")  # a proxy until telemetry starts
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What every generation uses. `new_seed` gives a number in 0 … 2^63-1 for callers that chose none."""
+
+    settings: Settings
+    tokenizer: Tokenizer
+    workers: Workers
+    catalogue: Catalogue
+    admission: Admission
+    new_seed: Callable[[], int]
+
+    def generate(self, request: Request, request_id: str) -> Generation:
+        """Starts a generation, or raises InvalidRequest or TooBusy before any work is done."""
+        check(request, self.settings)
+        return Generation(self, request, request_id, self.admission.admit(request.all_choices))
+
+    async def encode(self, model: Model, prompt: Prompt) -> Encoded:
+        """The prompt as ids of the model's own tokenizer; fails closed when another tokenizer answers."""
+        match prompt:
+            case Text(text):
+                encoded = await self.tokenizer.encode(model.name, text, self.settings.parse_special_tokens)
+            case Chat(messages):
+                encoded = await self.tokenizer.render(model.name, messages)
+            case Ids(token_ids):
+                return Encoded(token_ids, model.tokenizer_digest)
+            case _:
+                assert_never(prompt)
+        if encoded.tokenizer_digest != model.tokenizer_digest:
+            raise WrongVariant(
+                "the tokenizer is not the one this model was made with",
+                expected=model.tokenizer_digest,
+                seen=encoded.tokenizer_digest,
+            )
+        return encoded
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """The last thing in the queue: how the work ended."""
+
+    failure: Exception | None
+
+
+class Generation:
+    """Events of one request, in order, ending after Usage or with an exception. Leaving its block ends its work."""
+
+    def __init__(self, gateway: Gateway, request: Request, request_id: str, release: Callable[[], None]) -> None:
+        if deadlines.remaining_s() is None:
+            deadlines.start(gateway.settings.default_deadline_s)
+        self._gateway, self._request, self._request_id = gateway, request, request_id
+        self._release = release
+        self._events: asyncio.Queue[Event | _Ending] = asyncio.Queue(gateway.settings.queue_events)
+        self._seen = Observation(request, request_id)
+        self._task = asyncio.create_task(self._run(), name=request_id)
+        self._task.add_done_callback(self._clean_up)
+
+    def close(self) -> None:
+        """Ends all work now. May be called from anywhere, more than once."""
+        self._task.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        await asyncio.wait([self._task])
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        item = await self._events.get()
+        if not isinstance(item, _Ending):
+            return item
+        self._events.put_nowait(item)  # there is room: the ending is the last item
+        if item.failure is not None:
+            raise item.failure
+        raise StopAsyncIteration
+
+    async def _run(self) -> None:
+        failure: Exception | None = None
+        try:
+            with trace.use_span(self._seen.span, record_exception=False, set_status_on_exception=False):
+                async with asyncio.timeout(deadlines.remaining_s()):
+                    await self._serve()
+        except TimeoutError:
+            failure = OutOfTime("the deadline passed before the answer was complete")
+        except ExceptionGroup as group:
+            failure = _first(group)
+        except Exception as error:
+            failure = error
+        self._release()  # before the queue, which a client that does not read may keep full
+        self._seen.end(failure)
+        await self._events.put(_Ending(failure))
+
+    def _clean_up(self, task: asyncio.Task[None]) -> None:
+        self._release()
+        if task.cancelled():
+            self._seen.end(asyncio.CancelledError())
+            if not self._events.full():
+                self._events.put_nowait(_Ending(None))  # for a reader that waits while someone else closes
+
+    async def _serve(self) -> None:
+        gateway, request = self._gateway, self._request
+        model = await gateway.catalogue.get(request.model)
+        seed = gateway.new_seed() if request.sampling.seed is None else request.sampling.seed
+        self._seen.is_for(model.name, seed)
+        with _TRACER.start_as_current_span("tokenize"):
+            prompts = [(await gateway.encode(model, prompt)).token_ids for prompt in request.prompts]
+        if not all(prompts):
+            raise InvalidRequest("the prompt is empty", field=prompt_field(request))
+        wanted = [tokens_to_generate(request, len(ids), model, gateway.settings.default_max_tokens) for ids in prompts]
+        sampling = replace(request.sampling, seed=seed)
+        async with asyncio.TaskGroup() as group:
+            choices = [
+                group.create_task(
+                    self._choose(
+                        model,
+                        number * request.choices + index,
+                        Work(
+                            request_id=f"{self._request_id}-{number * request.choices + index}",
+                            model=model.name,
+                            token_ids=ids,
+                            sampling=sampling,
+                            max_tokens=wanted[number],
+                            choice_index=index,
+                            tenant=gateway.settings.tenant,
+                            ignore_eos=request.ignore_eos,
+                            logprobs=request.logprobs,
+                            top_logprobs=request.top_logprobs,
+                        ),
+                    )
+                )
+                for number, ids in enumerate(prompts)
+                for index in range(request.choices)
+            ]
+        ends = [choice.result() for choice in choices]
+        # Each prompt counts once, and as cached what the best served of its choices found cached.
+        cached = [
+            max(end.cached_tokens for end in ends[start : start + request.choices])
+            for start in range(0, len(ends), request.choices)
+        ]
+        total = sum(end.completion_tokens for end in ends)
+        await self._tell(Usage(ends[0].variant_digest, sum(map(len, prompts)), sum(cached), total))
+
+    async def _choose(self, model: Model, choice: int, work: Work) -> End:
+        """One choice from its worker stream to its Finished event."""
+        transcript = Transcript(self._request.stop)
+        token_by_token = bool(self._request.stop) or self._request.logprobs
+        received = 0
+        with _TRACER.start_as_current_span("stream", attributes={"autoglm.choice": choice}) as span:
+            async with (
+                self._gateway.tokenizer.decoder(model.name) as decoder,
+                aclosing(self._gateway.workers.generate(work)) as parts,
+            ):
+                async for part in parts:
+                    digest = part.variant_digest
+                    shown: list[tuple[str, tuple[TokenText, ...]]] = []
+                    if isinstance(part, Tokens):
+                        groups = [(token_id,) for token_id in part.token_ids] if token_by_token else [part.token_ids]
+                        decoded = await decoder.decode(groups)
+                        tokens = await self._tokens(model, part, decoded)
+                        for group, piece in zip(groups, decoded, strict=True):
+                            behind, tokens = tokens[: len(group)], tokens[len(group) :]
+                            shown.append(transcript.add(piece.text, behind))
+                            received += len(group)
+                            if transcript.matched is not None:
+                                break
+                    else:
+                        shown = [transcript.add(await decoder.finish(), ()), transcript.end()]
+                    text = "".join(some for some, _ in shown)
+                    made = tuple(token for _, tokens_shown in shown for token in tokens_shown)
+                    if text or made:
+                        await self._tell(Delta(digest, choice, text, made))
+                    if transcript.matched is not None:
+                        counted = part.completion_tokens if isinstance(part, End) else received
+                        part = End(digest, "stop", part.cached_tokens, counted)
+                    if isinstance(part, End):
+                        span.set_attribute("gen_ai.usage.output_tokens", part.completion_tokens)
+                        await self._tell(Finished(digest, choice, part.reason, transcript.matched or ""))
+                        return part
+        raise AssertionError("a worker stream ends with End or raises")
+
+    async def _tokens(self, model: Model, part: Tokens, decoded: Sequence[Decoded]) -> list[TokenText]:
+        """The part's tokens with their bytes, and with scores when those were asked for."""
+        content = [some for piece in decoded for some in piece.token_bytes]
+        if not self._request.logprobs:
+            return [TokenText(token_id, some) for token_id, some in zip(part.token_ids, content, strict=True)]
+        others = [token_id for score in part.scores for token_id, _ in score.top]
+        known = await self._gateway.tokenizer.token_bytes(model.name, model.tokenizer_digest, others)
+        return [
+            TokenText(token_id, some, score.logprob, tuple(Alternative(i, known[i], value) for i, value in score.top))
+            for token_id, some, score in zip(part.token_ids, content, part.scores, strict=True)
+        ]
+
+    async def _tell(self, event: Event) -> None:
+        self._seen.event(event)
+        await self._events.put(event)
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, ExceptionGroup) else inner

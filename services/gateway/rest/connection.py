@@ -1,0 +1,94 @@
+"""One HTTP exchange below the level of JSON: reading a bounded body, noticing that the client has gone, replying."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Send
+
+from services.gateway.rest.errors import ApiError
+from services.gateway.rest.render import Json, encode
+
+
+class ClientGone(Exception):
+    """The client closed the connection; there is no one to answer."""
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The body, or ApiError 413, 415 or 408; stops reading at the first byte too many."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the body must be application/json, not {kind[:64]}", code="unsupported_media_type")
+    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for some in request.stream():
+                body += some
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {timeout_s:g} s", code="body_timeout") from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    return bytes(body)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work` and cancels it when the client goes (ClientGone). Call once the body has been read."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait({working, watching})
+
+
+class Reply:
+    """Sends one response; every one carries `headers`."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self._send, self._headers = send, dict(headers)
+        self.status: int | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self.status is not None
+
+    async def json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> None:
+        content = encode(body)
+        await self._begin(
+            status, {"content-type": "application/json", "content-length": str(len(content))} | dict(headers or {})
+        )
+        await self._send({"type": "http.response.body", "body": content})
+
+    async def stream(self, content: bytes) -> None:
+        """Sends a part of an event stream; the first one sends the status."""
+        if not self.has_begun:
+            await self._begin(200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
+        await self._send({"type": "http.response.body", "body": content, "more_body": True})
+
+    async def end(self) -> None:
+        """Ends an event stream."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status = status
+        raw = [(name.encode(), value.encode()) for name, value in (self._headers | dict(headers)).items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

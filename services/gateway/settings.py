@@ -1,0 +1,34 @@
+"""What can be set about the gateway. Read once by `__main__`; see `services.chassis.settings` for the shared part."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from services.chassis.settings import Port, ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """Every buffer and every wait of the gateway has its bound here."""
+
+    rest_port: Port = Field(8000, description="port of the OpenAI-style REST API; 0 takes a free one and prints it")
+    tenant: str = Field("public", min_length=1, max_length=64, description="whose cached blocks may be used")
+
+    max_in_flight: int = Field(256, ge=1, le=100_000, description="choices generated at once; more are refused")
+    retry_after_s: float = Field(1.0, ge=0, le=3600, description="when a refused caller should come back")
+    queue_events: int = Field(64, ge=1, le=65_536, description="events waiting for a slow client, per request")
+    default_deadline_s: float = Field(600.0, gt=0, le=86_400, description="for callers that set no deadline")
+    peer_timeout_s: float = Field(10.0, gt=0, le=600, description="longest wait for one unary call to a peer")
+    health_timeout_s: float = Field(2.0, gt=0, le=60, description="longest wait for a peer when asked for health")
+    model_info_ttl_s: float = Field(3.0, ge=0, le=3600, description="how long what a worker said of its model is used")
+    generate_retries: int = Field(1, ge=0, le=3, description="new attempts when a worker fails before its first token")
+
+    default_max_tokens: int = Field(512, ge=1, le=131_072, description="tokens per choice when the caller names none")
+    max_prompts: int = Field(8, ge=1, le=8, description="prompts in one completion request")
+    max_prompt_bytes: int = Field(1 << 20, ge=1, le=1 << 20, description="UTF-8 of all text of a request together")
+    parse_special_tokens: bool = Field(False, description="read special tokens in the text of plain completions")
+    token_bytes_cache: int = Field(65_536, ge=0, le=2_000_000, description="tokens whose bytes are remembered")
+
+    max_body_bytes: int = Field(8 << 20, ge=1024, le=256 << 20, description="largest REST request body")
+    body_timeout_s: float = Field(30.0, gt=0, le=600, description="longest time a REST body may take to arrive")
+    rest_max_connections: int = Field(1024, ge=1, le=100_000, description="REST connections; more are refused")
+    rest_keep_alive_s: int = Field(75, ge=1, le=3600, description="how long an idle REST connection is kept")
