@@ -63,7 +63,7 @@ class Choice:
     stop: str | None = None
     """The stop string that was met, if one was."""
     tokens: tuple[Token, ...] = ()
-    """Filled when `logprobs` was asked for."""
+    """The tokens as the gateway reports them; their log-probabilities only when `logprobs` was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

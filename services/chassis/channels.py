@@ -1,4 +1,4 @@
-"""Outgoing calls: one channel per host, all through Envoy, each spending the remaining deadline of the incoming call."""
+"""Outgoing calls: one channel per host, all through Envoy, each spending what is left of the incoming deadline."""
 
 from __future__ import annotations
 

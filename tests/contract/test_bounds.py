@@ -1,4 +1,4 @@
-"""Every field of every request has a declared bound, and a server refuses what breaks it before any service code runs."""
+"""Every field of every request has a declared bound; what breaks it is refused before any service code runs."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ async def test_broken_bounds_are_refused(
 async def test_numbers_the_type_cannot_hold_never_arrive_out_of_bounds(
     channel: grpc.aio.Channel, reached: list[Message], method: MethodDescriptor
 ) -> None:
-    """-1, 2^31, 2^63 written as raw varints to integer fields: refused, or cut by protobuf to a value inside the bounds."""
+    """-1, 2^31, 2^63 as raw varints in integer fields: refused, or cut by protobuf to a value inside the bounds."""
     reached.clear()
     for field in method.input_type.fields:
         if field.type not in INTEGERS or field.is_repeated:

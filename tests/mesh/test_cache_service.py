@@ -99,8 +99,8 @@ async def test_what_does_not_prove_itself_is_refused(stub: cache_pb2_grpc.CacheS
         ([moved], "checksum"),
         ([good, mixed], "scope"),
         ([unknown], "known"),
-        (many, "more than 100"),
         ([pb.PutRequest()], "must be set"),
+        (many, "more than 100"),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Put(iter(requests))

@@ -165,11 +165,12 @@ def test_a_broken_edit_is_refused_with_all_reasons_and_the_old_policy_stays(mesh
     mesh.until(lambda now: not now.policy.refused)
 
 
-def test_a_killed_worker_comes_back_and_nobody_notices(mesh: Mesh) -> None:
+def test_a_killed_worker_comes_back_while_the_other_serves(mesh: Mesh) -> None:
     """kill -9: its endpoint goes, requests use the other worker, and it returns with a restart on its record."""
     victim = next(item for item in mesh.state().processes if item.name == "sparse-inference-v1-0")
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
+    mesh.until(lambda now: process(now, victim.name).phase != "ready")
     assert ask(mesh).text
     back = mesh.until(lambda now: process(now, victim.name).restarts > victim.restarts and all_ready(now))
     assert process(back, victim.name).last_exit == "killed by SIGKILL"
