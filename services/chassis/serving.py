@@ -52,7 +52,7 @@ class Member:
         self._before_drain: list[Callable[[], Awaitable[None]]] = []
 
     def before_drain(self, action: Callable[[], Awaitable[None]]) -> None:
-        """`action` runs once when a drain begins: after health says NOT_SERVING, before the server stops taking calls."""
+        """`action` runs once when a drain begins: health says NOT_SERVING already, calls are still taken."""
         self._before_drain.append(action)
 
     async def ready(self) -> None:
