@@ -18,6 +18,9 @@ class Listener:
     def __init__(self, app: Starlette, settings: Settings) -> None:
         family = socket.AF_INET6 if ":" in settings.bind else socket.AF_INET
         self._socket = socket.create_server((settings.bind, settings.rest_port), family=family, backlog=1024)
+        # asyncio does this only for sockets that say IPPROTO_TCP, which those of create_server do not; accepted sockets
+        # inherit it. Without it a response's second write waits 40 ms for the peer's delayed acknowledgement.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = int(self._socket.getsockname()[1])
         self._server = _Server(
             uvicorn.Config(
