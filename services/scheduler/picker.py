@@ -14,6 +14,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import Counter, Gauge, Histogram
 
 from engine import prefix
+from services.chassis import telemetry
 from services.chassis.errors import InvalidRequest, ServiceError, TooBusy, Unavailable
 from services.scheduler.placement import Candidate, Request, choose
 from services.scheduler.policy import Policy
@@ -34,6 +35,9 @@ PREDICTED_CACHED_TOKENS = Counter(
     "Prompt tokens the chosen replica was believed to hold; compare with the cached tokens that workers report",
 )
 SERVED = Counter("autoglm_scheduler_served_total", "Requests by who served them", ["by"])
+
+LEFT_TO_PROXY = frozenset({"no_replica", "subset"})
+"""Refusals that say what this process does not know, rather than what a worker cannot do."""
 
 STEP_BLOCKS = 64
 """Blocks hashed at a time (~0.1 ms): a prompt that nobody holds costs one step, however long it is."""
@@ -87,7 +91,11 @@ class Picker:
         self._tracer = trace.get_tracer("autoglm.scheduler")
 
     def pick(self, asked: Asked, flight: Flight) -> Placed:
-        """Places a request and counts it in `flight`. Raises TooBusy, Unavailable or InvalidRequest when it cannot."""
+        """Places a request and counts it in `flight`. Raises TooBusy, Unavailable or InvalidRequest when it cannot.
+
+        With no fitting lease in the table (this process has just begun, say) the endpoints are empty: the proxy knows
+        its endpoints without us and balances by itself.
+        """
         started = time.perf_counter()
         carrier = {"traceparent": asked.traceparent, "tracestate": asked.tracestate}
         parent = _PROPAGATOR.extract(carrier) if asked.traceparent else None
@@ -99,6 +107,9 @@ class Picker:
                 span.set_attributes(_attributes(record, outcome))
             DECISIONS.labels(outcome).inc()
             DECISION_SECONDS.observe(time.perf_counter() - started)
+            if decision.refusal in LEFT_TO_PROXY:
+                telemetry.fallback("left_to_proxy", reason=decision.refusal, replicas=len(record.candidates))
+                return Placed(record.sequence, ())
             if decision.refusal:
                 raise self._refusal(record)
             flight.board(self._table.get(decision.replica_ids[0]))
@@ -106,9 +117,10 @@ class Picker:
 
     def served(self, placed: Placed, endpoint: str, flight: Flight) -> None:
         """The proxy says which endpoint it used; the request counts there from now on."""
-        SERVED.labels("first_choice" if endpoint == placed.endpoints[0] else "another").inc()
+        is_first = endpoint in placed.endpoints[:1]
+        SERVED.labels("first_choice" if is_first else "another").inc()
         self._recorder.served(placed.sequence, endpoint)
-        if endpoint != placed.endpoints[0]:
+        if not is_first:
             flight.board(self._table.by_endpoint(endpoint))
 
     def _decide(self, asked: Asked) -> Record:
@@ -206,9 +218,7 @@ class _Chain:
 
 
 _EXPLAINED = {
-    "no_replica": "none is registered",
     "hint": "none is among the endpoints that the proxy allows",
-    "subset": "none has the labels that the route demands",
     "model": "none serves the model",
     "variant": "none runs the variant",
     "draining": "those that fit are draining",

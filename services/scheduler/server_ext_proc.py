@@ -225,6 +225,8 @@ class Exchange:
     def _place(self, asked: Asked) -> ext_proc.ProcessingResponse:
         self._placed = self._picker.pick(asked, self._flight)
         endpoints = ",".join(self._placed.endpoints)
+        if not endpoints:
+            return self._unchanged()
         mutation = ext_proc.HeaderMutation(set_headers=[header(DESTINATION, endpoints.encode())])
         # The route is settled: choosing it anew would draw the canary weights a second time.
         common = ext_proc.CommonResponse(header_mutation=mutation, clear_route_cache=False)
@@ -237,6 +239,12 @@ class Exchange:
         return ext_proc.ProcessingResponse(
             request_headers=ext_proc.HeadersResponse(response=common), dynamic_metadata=metadata
         )
+
+    def _unchanged(self) -> ext_proc.ProcessingResponse:
+        """Lets the request pass without a word about where to."""
+        if self._mode in _WHOLE and self._held:
+            return ext_proc.ProcessingResponse(request_body=ext_proc.BodyResponse())
+        return ext_proc.ProcessingResponse(request_headers=ext_proc.HeadersResponse())
 
     def _echo(self, body: bytes, has_ended: bool) -> Iterator[ext_proc.ProcessingResponse]:
         """The body for the worker, in parts Envoy takes; the last one carries the end."""

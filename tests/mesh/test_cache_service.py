@@ -42,7 +42,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.fixture
 async def stub(service: Service) -> AsyncIterator[cache_pb2_grpc.CacheServiceAsyncStub]:
     async with grpc.aio.insecure_channel(service.address) as channel:
-        yield cache_pb2_grpc.CacheServiceStub(channel)  # type: ignore[misc]
+        yield cache_pb2_grpc.CacheServiceStub(channel)
 
 
 async def test_blocks_come_back_byte_for_byte(stub: cache_pb2_grpc.CacheServiceAsyncStub) -> None:

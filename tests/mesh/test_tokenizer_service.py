@@ -35,7 +35,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.fixture
 async def stub(service: Service) -> AsyncIterator[tokenizer_pb2_grpc.TokenizerServiceAsyncStub]:
     async with grpc.aio.insecure_channel(service.address) as channel:
-        yield tokenizer_pb2_grpc.TokenizerServiceStub(channel)  # type: ignore[misc]
+        yield tokenizer_pb2_grpc.TokenizerServiceStub(channel)
 
 
 async def test_text_goes_to_ids_and_back(stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub) -> None:

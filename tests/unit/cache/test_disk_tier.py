@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cache import disk_tier, files
+from services.cache import files
 from services.cache.blocks import HEADER_BYTES, BlockKey, pack
 from services.cache.disk_tier import DiskTier
 from services.cache.eviction import Eviction
@@ -170,7 +170,7 @@ async def test_a_full_disk_turns_writing_off_and_on_again(
             raise OSError(errno.ENOSPC, "full")
         write(path, temporary, data)
 
-    monkeypatch.setattr(disk_tier.files, "write", writing)
+    monkeypatch.setattr(files, "write", writing)
     block = kv_blocks.block(kv_blocks.chain(7, 1)[0], 2000)
     assert await tier.write(block) == [block]
     assert await tier.read(keys[0]) is not None

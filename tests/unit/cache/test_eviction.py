@@ -127,7 +127,8 @@ def test_a_full_scope_makes_room_among_its_own() -> None:
 
 def test_ring_matches_a_list() -> None:
     """The linked ring behaves as a plain list under random inserts and removals."""
-    chooser, ring, model = random.Random(7), Ring(), []
+    chooser, ring = random.Random(7), Ring()
+    model: list[BlockKey] = []
     for step in range(2000):
         if model and chooser.random() < 0.4:
             name = chooser.choice(model)

@@ -30,7 +30,7 @@ async def tier(server: FakeRedis) -> AsyncIterator[RedisTier]:
 
 
 def fallbacks(kind: str) -> float:
-    return FALLBACKS.labels(kind=kind)._value.get()
+    return float(FALLBACKS.labels(kind=kind)._value.get())
 
 
 async def test_a_hung_server_costs_a_few_timeouts_then_nothing(server: FakeRedis, tier: RedisTier) -> None:

@@ -226,7 +226,7 @@ def test_weights_headers_retries_faults_and_mirrors() -> None:
 def test_a_weight_of_zero_is_left_out() -> None:
     """A canary at 0 has its cluster, but no share of the route."""
     base = load(Path(__file__).resolve().parents[3] / "istio" / "base")
-    clusters = routes(f"{WORKERS}:50051", base)[0]["route"]["weighted_clusters"]["clusters"]
+    clusters = routes(f"{WORKERS}:50051", base)[-1]["route"]["weighted_clusters"]["clusters"]
     assert [(item["name"], item["weight"]) for item in clusters] == [(f"outbound|50051|v1|{WORKERS}", 100)]
 
 

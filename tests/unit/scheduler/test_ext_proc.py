@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from engine import prefix
+from services.chassis.telemetry import FALLBACKS
 from services.scheduler.picker import Picker
 from services.scheduler.policy import Policy
 from services.scheduler.records import Recorder
@@ -179,11 +180,14 @@ def test_a_malformed_first_message_is_refused(desk: Desk, data: bytes, mode: int
 
 
 def test_refusals_carry_status_and_reason() -> None:
-    """No worker: 14/503. All full: 8/429 with the time to come back and google.rpc.Status as any service sends it."""
+    """Draining: 14/503. All full: 8/429 with the time to come back and google.rpc.Status as any service sends it."""
     desk = Desk()
+    replica = desk.add("a", 1)
+    replica.draining = True
     (reply,) = desk.exchange().answers(headers(end_of_stream=True))
     assert (reply.immediate_response.grpc_status.status, reply.immediate_response.status.code) == (14, 503)
-    desk.table.report_load(desk.add("a", 1), Load(running=2))
+    replica.draining = False
+    desk.table.report_load(replica, Load(running=2))
     (reply,) = desk.exchange().answers(headers(end_of_stream=True))
     local = reply.immediate_response
     assert (local.grpc_status.status, local.status.code) == (8, 429) and b"full" in local.body
@@ -193,6 +197,19 @@ def test_refusals_carry_status_and_reason() -> None:
     status = status_pb2.Status.FromString(base64.b64decode(raw + b"=" * (-len(raw) % 4)))
     info = error_details_pb2.ErrorInfo()
     assert status.code == 8 and status.details[0].Unpack(info) and info.metadata["refusal"] == "saturated"
+
+
+@pytest.mark.parametrize("mode", [FULL_DUPLEX, BUFFERED])
+def test_what_the_picker_does_not_know_is_left_to_the_proxy(mode: int) -> None:
+    """Without any lease the request passes unchanged and unplaced: the proxy knows its endpoints; counted."""
+    desk = Desk()
+    before = FALLBACKS.labels("left_to_proxy")._value.get()
+    exchange = desk.exchange()
+    answers = [*exchange.answers(headers(mode=mode)), *exchange.answers(body(frame(generate()), True))]
+    assert not exchange.is_over and not any(answer.HasField("immediate_response") for answer in answers)
+    assert not any(answer.HasField("dynamic_metadata") for answer in answers)
+    assert FALLBACKS.labels("left_to_proxy")._value.get() == before + 1
+    assert desk.recorder.newest(1)[0].decision.refusal == "no_replica"
 
 
 def test_a_prompt_goes_where_its_prefix_is(desk: Desk) -> None:

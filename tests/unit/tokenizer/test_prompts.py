@@ -127,7 +127,7 @@ def test_the_child_needs_only_jinja() -> None:
 
     tree = ast.parse(Path(child.__file__).read_text())
     modules = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        str(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom) and (isinstance(node, ast.Import) or node.module)
     }

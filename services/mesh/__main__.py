@@ -1,0 +1,211 @@
+"""`python -m services.mesh`: the whole mesh on one machine, behind a real Envoy, under the policy in istio/."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from services.chassis.settings import read
+from services.mesh import policy, start, state, topology
+from services.mesh.local import CannotStart, LocalMesh
+from services.mesh.policy import PolicyError
+from services.mesh.rundir import AlreadyRunning, RunDirectory
+from services.mesh.settings import MeshSettings
+from services.mesh.state import MeshState
+from services.mesh.topology import TopologyError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+@app.command()
+def run(
+    keep_foreground: bool = typer.Option(False, "--keep-foreground", help="Stay until Ctrl-C, then stop the mesh."),
+) -> None:
+    """Start the mesh in the background, ask it something, show the trace. While it is up: only ask again."""
+    from services.mesh import present  # the SDK and OpenTelemetry load while the mesh starts
+
+    settings, directory = _begin()
+    supervisor = None
+    if directory.holder() is None:
+        _check_policy(settings)
+        console.print("[bold]Starting the mesh[/]")
+        supervisor = start.start(directory, os.environ, dies_with_us=False)
+    else:
+        console.print("The mesh is already up.")
+    try:
+        with present.Progress(console) as progress:
+            current = start.wait_up(directory, supervisor, _patience(settings), progress.show)
+        answered = present.first_request(current, settings.model, _expected(settings), console)
+        present.next_steps(current, settings.model, console)
+        if keep_foreground:
+            console.print("Ctrl-C stops the mesh.")
+            while directory.holder() is not None:
+                time.sleep(0.2)
+    except CannotStart as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        if supervisor is not None:
+            start.stop(directory, settings.drain_grace_s, lambda _: None)
+            console.print("stopped")
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if answered else 1)
+
+
+@app.command()
+def smoke(timeout_s: float = typer.Option(45.0, min=1, help="How long the mesh may take to come up.")) -> None:
+    """A mesh of its own on free ports: start, ask, check answer and trace, stop. Exit status 0 or 1."""
+    from services.mesh.smoke import smoke as judge
+
+    settings, _ = _begin()
+    _check_policy(settings)
+    raise typer.Exit(0 if judge(settings, _expected(settings), timeout_s, console) else 1)
+
+
+@app.command()
+def stop() -> None:
+    """Drain and stop the mesh. Does nothing when none runs."""
+    settings, directory = _begin()
+    was_running = start.stop(directory, settings.drain_grace_s, lambda _: None)
+    console.print("stopped" if was_running else "nothing was running")
+
+
+@app.command()
+def status(as_json: bool = typer.Option(False, "--json", help="Everything as JSON.")) -> None:
+    """Processes, policy, Envoy's view of the endpoints, weights and fallbacks. Exit status 3 when no mesh runs."""
+    from services.mesh import status as report
+
+    _, directory = _begin()
+    gathered = report.gather(_running(directory))
+    if as_json:
+        print(json.dumps(gathered, indent=1))
+    else:
+        report.show(gathered, console)
+
+
+@app.command()
+def validate(directory: Path | None = typer.Argument(None, help="Folder of Istio YAML. Default: istio/base")) -> None:
+    """Check the traffic policy against the services of this mesh, and against Envoy. Prints every problem."""
+    settings, _ = _begin()
+    _check_policy(settings.model_copy(update={"policy_dir": directory or settings.policy_dir}), with_envoy=True)
+    console.print("ok", style="green")
+
+
+@app.command()
+def trace(which: str = typer.Argument("last", help="A trace id, or `last`.")) -> None:
+    """Show one trace as a tree."""
+    from services.mesh import demo, spans, timeline
+
+    _, directory = _begin()
+    traces = _running(directory).addresses.traces
+    try:
+        if which == "last":
+            found = demo.newest(traces, 1)
+            which = str(found[0]["trace_id"]) if found else ""
+        tree = spans.build(demo.fetch(traces, which) if which else [])
+    except OSError as error:
+        _fail(str(error))
+    if not tree.roots:
+        _fail("no such trace; the sink keeps the newest ones only")
+    timeline.show(tree, console)
+
+
+@app.command(hidden=True)
+def supervise() -> None:
+    """Be the supervisor: what `run` starts in the background."""
+    settings, directory = _begin()
+    try:
+        with directory.hold():
+            _log_to(directory, settings)
+            raise typer.Exit(asyncio.run(_supervise(settings)))
+    except (AlreadyRunning, CannotStart) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+async def _supervise(settings: MeshSettings) -> int:
+    return await LocalMesh(settings).run()
+
+
+def _begin() -> tuple[MeshSettings, RunDirectory]:
+    settings = read(MeshSettings)
+    return settings, RunDirectory(settings.run_dir)
+
+
+def _running(directory: RunDirectory) -> MeshState:
+    current = state.read(directory.state)
+    if directory.holder() is None or current is None:
+        console.print("no mesh is running; start it with: make run")
+        raise typer.Exit(3)
+    return current
+
+
+def _check_policy(settings: MeshSettings, *, with_envoy: bool = False) -> None:
+    """Exit status 1 with every problem, before anything is started."""
+    from services.mesh import envoy
+    from services.mesh.translate import NodeSettings, translate
+
+    try:
+        known = topology.registry(
+            topology.load(settings.topology, settings.replicas), settings.namespace, settings.bind, ()
+        )
+        loaded = policy.load(settings.policy_dir)
+        problems = policy.check(loaded, known)
+        for problem in problems:
+            console.print(f"{problem.severity}: {problem}", markup=False, soft_wrap=True, highlight=False)
+        if any(problem.severity == "error" for problem in problems):
+            raise typer.Exit(1)
+        if with_envoy:
+            with tempfile.TemporaryDirectory() as scratch:
+                node = NodeSettings(run_directory=Path(scratch))
+                asyncio.run(envoy.validate(translate(loaded, known, node).static()))
+    except PolicyError as error:
+        for problem in error.problems:
+            console.print(f"error: {problem}", markup=False, soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+    except (TopologyError, envoy.Invalid, envoy.EnvoyMissing) as error:
+        _fail(str(error))
+
+
+def _expected(settings: MeshSettings) -> list[str]:
+    """Who must appear in the trace of a chat request."""
+    from services.mesh.demo import CLIENT
+    from services.mesh.local import ENVOY
+
+    services = topology.load(settings.topology, settings.replicas).services
+    return [CLIENT, ENVOY, *(name for name, spec in services.items() if any(item.count for item in spec.replicas))]
+
+
+def _patience(settings: MeshSettings) -> float:
+    return 3 * settings.start_timeout_s
+
+
+def _log_to(directory: RunDirectory, settings: MeshSettings) -> None:
+    handler = RotatingFileHandler(directory.log("mesh"), maxBytes=settings.log_bytes, backupCount=1, encoding="utf-8")
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        facts = [f"{key}={value}" for key, value in getattr(record, "facts", {}).items()]
+        return " ".join([super().format(record), *facts])
+
+
+def _fail(text: str) -> None:
+    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,229 @@
+"""The control loop: when the policy files or the endpoints change, Envoy gets a new configuration or keeps the old.
+
+An edit goes through four sieves: our own loader and checks, the translator, `envoy --mode validate`, and finally the
+running Envoy, whose acceptance is read back. What fails any of them is undone and reported with all reasons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.mesh import envoy, policy
+from services.mesh.envoy import Admin, Invalid
+from services.mesh.policy import Policy, PolicyError
+from services.mesh.registry import Registry
+from services.mesh.rundir import write_atomically
+from services.mesh.state import PolicyState, RouteWeight
+from services.mesh.translate import NodeSettings, Snapshot, Step, translate
+
+log = logging.getLogger("autoglm.control")
+
+ASK_PAUSE_S = 0.02
+MAX_REASONS = 50
+
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+class Refused(Exception):
+    """An edit cannot be served. `reasons` has all of them."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("\n".join(reasons))
+        self.reasons = reasons[:MAX_REASONS]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often the folder is looked at, and how long Envoy may take."""
+
+    watch_s: float = 0.1
+    accept_s: float = 2.0
+
+
+class Control:
+    """Owns the files Envoy reads. `prepare` once before Envoy starts, then `run` until cancelled."""
+
+    def __init__(
+        self,
+        directory: Path,
+        node: NodeSettings,
+        admin: Admin,
+        registry: Callable[[], Registry],
+        pace: Pace,
+        changed: Callable[[], None],
+    ) -> None:
+        self._directory, self._node, self._admin = directory, node, admin
+        self._registry, self._pace, self._changed = registry, pace, changed
+        self._policy = Policy()
+        self._snapshot: Snapshot | None = None
+        self._seen: Fingerprint = ()
+        self._endpoints_moved = asyncio.Event()
+        self._settled = asyncio.Event()
+        self.state = PolicyState()
+
+    @property
+    def bootstrap(self) -> Path:
+        """The file Envoy is started with."""
+        return self._node.run_directory / "bootstrap.json"
+
+    async def prepare(self) -> None:
+        """Writes the first configuration. Raises `Refused`: without a policy nothing is started."""
+        self._seen = fingerprint(self._directory)
+        self._node.run_directory.mkdir(parents=True, exist_ok=True)
+        self._policy, snapshot, warnings = await self._sieve(self._registry())
+        for name, content in snapshot.files().items():
+            write_atomically(self._node.run_directory / name, content.decode())
+        self._accept(snapshot, warnings, 0.0)
+
+    def endpoints_changed(self) -> None:
+        """Call when a process became ready or went away."""
+        self._settled.clear()
+        self._endpoints_moved.set()
+
+    async def settled(self) -> None:
+        """Returns when Envoy has been given the present endpoints."""
+        await self._settled.wait()
+
+    async def run(self) -> None:
+        """Watches until cancelled. No mistake in a policy file and no silence of Envoy's ends it."""
+        while True:
+            try:
+                await asyncio.wait_for(self._endpoints_moved.wait(), self._pace.watch_s)
+            except TimeoutError:
+                pass
+            try:
+                await self._round()
+            except Refused as refused:
+                self._refuse(refused.reasons)
+            except OSError as error:
+                log.warning("Envoy could not be reached; trying again", extra={"facts": {"error": str(error)}})
+                await asyncio.sleep(self._pace.watch_s)
+                self._seen = ()
+                self._endpoints_moved.set()
+
+    async def _round(self) -> None:
+        seen = await asyncio.to_thread(fingerprint, self._directory)
+        if seen != self._seen:
+            self._seen = seen
+            began = time.monotonic()
+            new_policy, snapshot, warnings = await self._sieve(self._registry())
+            await self._apply(snapshot)
+            self._policy = new_policy
+            self._accept(snapshot, warnings, (time.monotonic() - began) * 1e3)
+        if self._endpoints_moved.is_set():
+            self._endpoints_moved.clear()
+            snapshot = translate(self._policy, self._registry(), self._node)
+            await self._apply(snapshot)
+            self._snapshot = snapshot
+            if not self._endpoints_moved.is_set():
+                self._settled.set()
+
+    async def _sieve(self, registry: Registry) -> tuple[Policy, Snapshot, list[str]]:
+        try:
+            loaded = await asyncio.to_thread(policy.load, self._directory)
+            warnings = [str(problem) for problem in policy.check(loaded, registry) if problem.severity == "warning"]
+            snapshot = translate(loaded, registry, self._node)
+            await envoy.validate(snapshot.static())
+        except PolicyError as error:
+            raise Refused([str(problem) for problem in error.problems]) from None
+        except Invalid as error:
+            raise Refused([f"Envoy refuses the translated policy: {error}"]) from None
+        return loaded, snapshot, warnings
+
+    async def _apply(self, snapshot: Snapshot) -> None:
+        """Takes the steps one by one; after a refusal the files are put back as they were."""
+        before = {} if self._snapshot is None else self._snapshot.files()
+        touched: list[str] = []
+        steps = snapshot.steps_from(self._snapshot)
+        known = set(await self._admin.refusals()) if any(step.expects for step in steps) else set()
+        try:
+            for step in steps:
+                touched += step.files
+                for name, content in step.files.items():
+                    write_atomically(self._node.run_directory / name, content.decode())
+                await self._confirm(step, known)
+        except Refused:
+            for name in reversed(touched):
+                if name in before:
+                    write_atomically(self._node.run_directory / name, before[name].decode())
+            raise
+        if self._snapshot is not None:
+            for name in snapshot.stale_files(self._snapshot):
+                (self._node.run_directory / name).unlink(missing_ok=True)
+
+    async def _confirm(self, step: Step, known: set[str]) -> None:
+        """Waits for Envoy's yes. A refusal that was there before (`known`) is an older one and says nothing."""
+        if not step.expects:
+            return
+        deadline = time.monotonic() + self._pace.accept_s
+        missing = dict(step.expects)
+        while time.monotonic() < deadline:
+            texts = await self._admin.texts()
+            missing = {name: version for name, version in step.expects.items() if texts.get(name) != version}
+            if not missing:
+                return
+            if reasons := [reason for reason in await self._admin.refusals() if reason not in known]:
+                raise Refused([f"Envoy refuses the new resources: {reason}" for reason in reasons])
+            await asyncio.sleep(ASK_PAUSE_S)
+        raise Refused([f"Envoy did not take the change within {self._pace.accept_s:g} s ({', '.join(missing)})"])
+
+    def _accept(self, snapshot: Snapshot, warnings: list[str], took_ms: float) -> None:
+        self._snapshot = snapshot
+        self.state = PolicyState(
+            version=version_of(snapshot),
+            accepted_unix_s=time.time(),
+            accept_ms=round(took_ms, 1),
+            warnings=warnings[:MAX_REASONS],
+            weights=weights(self._policy),
+        )
+        log.info("policy accepted", extra={"facts": {"version": self.state.version, "ms": round(took_ms, 1)}})
+        for warning in warnings:
+            log.warning(warning)
+        self._changed()
+
+    def _refuse(self, reasons: list[str]) -> None:
+        self.state = self.state.model_copy(update={"refused": reasons, "refused_unix_s": time.time()})
+        facts = {"version": self.state.version, "reasons": reasons}
+        log.error("policy refused, the old one stays", extra={"facts": facts})
+        self._changed()
+
+
+def fingerprint(directory: Path) -> Fingerprint:
+    """Changes whenever a policy file does. Cheap enough to ask ten times a second."""
+    found = []
+    for path in sorted(directory.rglob("*.y*ml")):
+        try:
+            status = path.stat()
+        except OSError:  # an editor is replacing it
+            continue
+        found.append((str(path), status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
+def version_of(snapshot: Snapshot) -> str:
+    """Digest of what the policy says; the comings and goings of endpoints leave it as it is."""
+    content = [snapshot.clusters, snapshot.listeners, snapshot.routes]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def weights(loaded: Policy) -> list[RouteWeight]:
+    """Every route that splits its traffic."""
+    return [
+        RouteWeight(
+            host=", ".join(service.spec.hosts),
+            route=str(route.name or ""),
+            destination="/".join(filter(None, (target.destination.host, target.destination.subset))),
+            weight=target.weight,
+        )
+        for service in loaded.virtual_services
+        for route in service.spec.http
+        if len(route.route) > 1
+        for target in route.route
+    ]

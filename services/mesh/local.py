@@ -1,0 +1,290 @@
+"""The local mesh as one program: sink, Envoy and services under supervision, the control loop beside them.
+
+`python -m services.mesh supervise` runs it, normally detached; the other commands read the state file it keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from services.mesh import envoy, ports, topology
+from services.mesh.control import Control, Pace, Refused
+from services.mesh.envoy import Admin, EnvoyMissing
+from services.mesh.process import Patience, Phase, Process, Program
+from services.mesh.registry import Registry
+from services.mesh.rundir import RunDirectory, write_atomically
+from services.mesh.settings import FIXED_PORTS, MeshSettings
+from services.mesh.state import Addresses, MeshState, ProcessState
+from services.mesh.supervise import StartFailed, Supervisor
+from services.mesh.topology import Instance, TopologyError
+from services.mesh.translate import NodeSettings
+
+log = logging.getLogger("autoglm.local")
+
+SINK, ENVOY = "trace-sink", "envoy"
+RUN_DIR = "{run_dir}"
+"""In the environment of a service: this mesh's own run directory."""
+ROTATE_EVERY_S = 5.0
+
+
+class CannotStart(Exception):
+    """The mesh cannot be started as configured; the text says why and what to do."""
+
+
+class LocalMesh:
+    """One mesh in one run directory. Make it, `await run()`, gone."""
+
+    def __init__(self, settings: MeshSettings) -> None:
+        """Raises `CannotStart`."""
+        if taken := ports.conflicts(settings):
+            raise CannotStart("\n".join(taken))
+        self.settings = settings = ports.settle(settings)
+        self.directory = RunDirectory(settings.run_dir)
+        try:
+            self.topology = topology.load(settings.topology, settings.replicas)
+            self._supply = ports.free(settings.bind)
+            self.instances = {item.name: item for item in topology.instances(self.topology, self._supply)}
+            self._ports = {
+                name: dict(item.ports) | {"metrics": next(self._supply)} for name, item in self.instances.items()
+            }
+            self._ports[SINK] = {"grpc": settings.otlp_port, "metrics": next(self._supply), "query": next(self._supply)}
+            self._ports[ENVOY] = {
+                name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:3]
+            }
+            self.admin = Admin(settings.bind, settings.admin_port)
+            self.control = Control(
+                settings.policy_dir,
+                self._node(),
+                self.admin,
+                self.registry,
+                Pace(settings.watch_ms / 1000, settings.accept_timeout_s),
+                self._changed,
+            )
+            self.supervisor = Supervisor(self._programs(), self._patience(), self._process_changed)
+        except (TopologyError, EnvoyMissing, OSError) as error:
+            raise CannotStart(str(error)) from None
+        self._phase = "starting"
+        self._reason = ""
+        self._started = time.time()
+        self._up_s = 0.0
+        self._endpoints: frozenset[str] = frozenset()
+        self._dirty = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Until SIGTERM or SIGINT; the caller holds the run directory. Returns the exit status: 1 if never up."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        self._write_state()
+        writer = asyncio.create_task(self._keep_state())
+        beside: list[asyncio.Task[None]] = []
+        try:
+            await self.control.prepare()
+            self.supervisor.start()
+            beside = [asyncio.create_task(self._control()), asyncio.create_task(self._rotate_access_log())]
+            await self._until_up()
+            await self._stopping.wait()
+            self._enter("stopping")
+        except (StartFailed, Refused) as error:
+            self._reason = str(error)
+            log.error("the mesh did not start", extra={"facts": {"reason": self._reason}})
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await self.supervisor.stop()
+            writer.cancel()
+            self._enter("failed" if self._reason else "stopped", self._reason)
+        return 1 if self._phase == "failed" else 0
+
+    def registry(self) -> Registry:
+        """The services with the instances that are ready now."""
+        ready = [item for name, item in self.instances.items() if self._is_ready(name)]
+        return topology.registry(self.topology, self.settings.namespace, self.settings.bind, ready)
+
+    async def _until_up(self) -> None:
+        up = asyncio.create_task(self._all_up())
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({up, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if up.done():
+                await up
+                self._up_s = time.time() - self._started
+                self._enter("up")
+                log.info("up", extra={"facts": {"seconds": round(self._up_s, 2)}})
+        finally:
+            for task in (up, stop):
+                task.cancel()
+            await asyncio.gather(up, stop, return_exceptions=True)
+
+    async def _all_up(self) -> None:
+        await self.supervisor.all_ready()
+        self.control.endpoints_changed()
+        await self.control.settled()
+
+    async def _control(self) -> None:
+        await self.supervisor.processes[ENVOY].was_ready.wait()
+        await self.control.run()
+
+    def _is_ready(self, name: str) -> bool:
+        return name in self.supervisor.processes and self.supervisor.processes[name].phase is Phase.READY
+
+    def _process_changed(self) -> None:
+        ready = frozenset(name for name in self.instances if self._is_ready(name))
+        if ready != self._endpoints:
+            self._endpoints = ready
+            self.control.endpoints_changed()
+        self._changed()
+
+    def _changed(self) -> None:
+        self._dirty.set()
+
+    def _enter(self, phase: str, reason: str = "") -> None:
+        self._phase, self._reason = phase, reason
+        self._write_state()
+
+    async def _keep_state(self) -> None:
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            self._write_state()
+            await asyncio.sleep(0.05)  # several changes at once make one write
+
+    def _write_state(self) -> None:
+        write_atomically(self.directory.state, self.state().model_dump_json(indent=1))
+
+    def state(self) -> MeshState:
+        """What the state file says."""
+        here = self.settings.bind
+        at = self._ports[ENVOY]
+        return MeshState(
+            phase=self._phase,
+            pid=os.getpid(),
+            started_unix_s=self._started,
+            up_s=round(self._up_s, 3),
+            reason=self._reason,
+            addresses=Addresses(
+                ingress=f"{here}:{at['ingress']}",
+                outbound=f"{here}:{at['outbound']}",
+                admin=f"{here}:{at['admin']}",
+                otlp=f"{here}:{self._ports[SINK]['grpc']}",
+                traces=f"{here}:{self._ports[SINK]['query']}",
+            ),
+            processes=[self._process_state(name, process) for name, process in self.supervisor.processes.items()],
+            policy=self.control.state,
+        )
+
+    def _process_state(self, name: str, process: Process) -> ProcessState:
+        instance = self.instances.get(name)
+        return ProcessState(
+            name=name,
+            service=instance.service if instance else name,
+            phase=process.phase.value,
+            pid=process.pid,
+            restarts=process.restarts,
+            since_unix_s=process.since,
+            start_s=round(process.start_s, 3),
+            last_exit=process.last_exit,
+            ports={k: v for k, v in self._ports[name].items() if k != "metrics"},
+            metrics_port=self._ports[name].get("metrics", 0),
+            labels=dict(instance.labels) if instance else {},
+            log=str(process.program.log),
+            last_line=(process.last_lines(1) or [""])[0][:500],
+        )
+
+    def _node(self) -> NodeSettings:
+        settings = self.settings
+        return NodeSettings(
+            run_directory=self.directory.envoy,
+            listen_address=settings.bind,
+            ingress_port=settings.ingress_port,
+            outbound_port=settings.outbound_port,
+            admin_port=settings.admin_port,
+            otlp_endpoint=f"{settings.bind}:{settings.otlp_port}",
+            # A laptop shows a change at once; production keeps Istio's second.
+            update_merge_window_s=0.0,
+        )
+
+    def _patience(self) -> Patience:
+        s = self.settings
+        return Patience(
+            s.start_timeout_s,
+            s.start_attempts,
+            s.backoff_first_s,
+            s.backoff_cap_s,
+            s.stable_s,
+            s.drain_grace_s,
+            s.log_bytes,
+        )
+
+    def _programs(self) -> list[Program]:
+        python = sys.executable
+        sink = Program(
+            SINK,
+            (python, "-m", "services.mesh.sink"),
+            self._environment(SINK, {"AUTOGLM_OTLP_FORWARD": self.settings.otlp_forward}),
+            self.directory.log(SINK),
+        )
+        proxy = Program(
+            ENVOY,
+            envoy.command(self.control.bootstrap, self.settings.drain_grace_s),
+            _plain_environment(),
+            self.directory.log(ENVOY),
+            probe=self.admin.is_live,
+        )
+        services = [
+            Program(
+                item.name,
+                (python, "-m", item.module),
+                self._service_environment(item),
+                self.directory.log(item.name),
+                after=(ENVOY, *item.after),
+            )
+            for item in self.instances.values()
+        ]
+        return [sink, proxy, *services]
+
+    def _environment(self, name: str, extra: Mapping[str, str]) -> dict[str, str]:
+        given = {f"AUTOGLM_{port.upper()}_PORT": str(number) for port, number in self._ports[name].items()}
+        fixed = {
+            "AUTOGLM_INSTANCE": name,
+            "AUTOGLM_BIND": self.settings.bind,
+            "AUTOGLM_NAMESPACE": self.settings.namespace,
+            "AUTOGLM_MESH_ADDRESS": f"{self.settings.bind}:{self.settings.outbound_port}",
+            "AUTOGLM_DRAIN_GRACE_S": str(self.settings.drain_grace_s),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return {**os.environ, **extra, **fixed, **given}
+
+    def _service_environment(self, item: Instance) -> dict[str, str]:
+        labels = ",".join(f"{key}={value}" for key, value in item.labels.items() if key != "app")
+        extra = {"AUTOGLM_OTLP_ENDPOINT": f"{self.settings.bind}:{self.settings.otlp_port}", **self._placed(item)}
+        if labels:
+            extra["AUTOGLM_LABELS"] = labels
+        if item.locality:
+            extra["AUTOGLM_LOCALITY"] = item.locality
+        return self._environment(item.name, extra)
+
+    def _placed(self, item: Instance) -> dict[str, str]:
+        return {key: value.replace(RUN_DIR, str(self.directory.root)) for key, value in item.environment.items()}
+
+    async def _rotate_access_log(self) -> None:
+        path = self.directory.envoy / "access.log"
+        while True:
+            await asyncio.sleep(ROTATE_EVERY_S)
+            with suppress(OSError):
+                if path.stat().st_size > self.settings.log_bytes:
+                    path.replace(path.with_name("access.log.1"))
+                    await self.admin.reopen_logs()
+
+
+def _plain_environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("AUTOGLM_")}

@@ -1,0 +1,90 @@
+"""Starts the supervisor as a process of its own, watches it come up, and stops it: for `run`, `smoke` and `stop`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from services.mesh import state
+from services.mesh.local import CannotStart
+from services.mesh.process import LAUNCH
+from services.mesh.rundir import RunDirectory
+from services.mesh.state import MeshState
+
+POLL_S = 0.05
+OUTPUT = "supervisor"
+STOP_WAVES = 6
+"""At most this many groups of processes are drained one after the other."""
+
+Watcher = Callable[[MeshState], None]
+
+
+def start(directory: RunDirectory, environment: Mapping[str, str], *, dies_with_us: bool) -> subprocess.Popen[bytes]:
+    """The supervisor, running in the background. Its output is in the log `supervisor`."""
+    directory.logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "services.mesh", "supervise"]
+    if dies_with_us:
+        command = [sys.executable, "-I", "-S", str(LAUNCH), str(os.getpid()), *command]
+    with directory.log(OUTPUT).open("wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=dict(environment),
+        )
+
+
+def wait_up(
+    directory: RunDirectory, supervisor: subprocess.Popen[bytes] | None, timeout_s: float, watch: Watcher
+) -> MeshState:
+    """Returns when everything is ready; `watch` sees each state on the way. Raises `CannotStart` with the reason."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        ended = supervisor is not None and supervisor.poll() is not None
+        current = state.read(directory.state)
+        if current is not None and (supervisor is None or current.pid == supervisor.pid):
+            watch(current)
+            if current.phase == "up":
+                return current
+            if current.phase == "failed":
+                raise CannotStart(current.reason)
+        if ended or (supervisor is None and directory.holder() is None):
+            raise CannotStart(last_words(directory) or "the supervisor ended without a word")
+        time.sleep(POLL_S)
+    raise CannotStart(f"not up after {timeout_s:g} s; see the logs in {directory.logs}")
+
+
+def stop(directory: RunDirectory, grace_s: float, watch: Watcher) -> bool:
+    """Stops whatever runs in the directory, gracefully, then by force. False when nothing was running."""
+    pid = directory.holder()
+    if pid is None:
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_WAVES * (grace_s + 2.0)
+    while directory.holder() == pid:
+        if time.monotonic() > deadline:  # its children die with it
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            deadline += 5.0
+        current = state.read(directory.state)
+        if current is not None:
+            watch(current)
+        time.sleep(POLL_S)
+    return True
+
+
+def last_words(directory: RunDirectory) -> str:
+    """The end of the supervisor's own output."""
+    try:
+        lines = directory.log(OUTPUT).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return "\n".join(lines[-15:])

@@ -1,0 +1,85 @@
+"""What the supervisor tells the rest of the world about itself, as one JSON file in the run directory.
+
+The commands only ever read this file; it is replaced atomically whenever something changes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ProcessState(_Frozen):
+    """One supervised process."""
+
+    name: str
+    service: str
+    phase: str
+    pid: int | None
+    restarts: int
+    since_unix_s: float
+    start_s: float
+    last_exit: str
+    ports: dict[str, int]
+    metrics_port: int
+    labels: dict[str, str]
+    log: str
+    last_line: str
+
+
+class RouteWeight(_Frozen):
+    """How much of a host's traffic a subset gets, as the policy in force says."""
+
+    host: str
+    route: str
+    destination: str
+    weight: int
+
+
+class PolicyState(_Frozen):
+    """The policy in force, and the newest edit if that was refused."""
+
+    version: str = ""
+    accepted_unix_s: float = 0.0
+    accept_ms: float = 0.0
+    warnings: list[str] = []
+    refused: list[str] = []
+    refused_unix_s: float = 0.0
+    weights: list[RouteWeight] = []
+
+
+class Addresses(_Frozen):
+    """Where things listen, as `host:port`."""
+
+    ingress: str
+    outbound: str
+    admin: str
+    otlp: str
+    traces: str
+
+
+class MeshState(_Frozen):
+    """Everything."""
+
+    phase: Literal["starting", "up", "failed", "stopping", "stopped"]
+    pid: int
+    started_unix_s: float
+    up_s: float = Field(0.0, description="seconds from the start until everything was ready")
+    reason: str = ""
+    addresses: Addresses
+    processes: list[ProcessState] = []
+    policy: PolicyState = PolicyState()
+
+
+def read(path: Path) -> MeshState | None:
+    """The state, or None when there is none yet (or one of another version)."""
+    try:
+        return MeshState.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
