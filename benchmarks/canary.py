@@ -66,7 +66,9 @@ async def drill(mesh: Mesh, requests: int = 200, concurrency: int = 8) -> tuple[
         result = await load(mesh, requests, concurrency)
         after = _counts(mesh)
         canary, total = after["canary"] - before["canary"], sum(after.values()) - sum(before.values())
-        low, high = binom.interval(0.99, total, weight / 100) if 0 < weight < 100 else (weight / 100 * total,) * 2
+        low, high = (
+            map(int, binom.interval(0.99, total, weight / 100)) if 0 < weight < 100 else (weight // 100 * total,) * 2
+        )
         failed = result.failures + over_edit.failures
         bars += [
             Bar(f"weight {weight}: canary's share", f"{canary}/{total}", f"{low:g}…{high:g}", low <= canary <= high),
