@@ -14,12 +14,16 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from opentelemetry import trace
 
 from services.chassis import bounds, deadlines
 from services.chassis.errors import Internal, InvalidRequest, OutOfTime, ServiceError, status_of
 from services.chassis.telemetry import RPC_IN_FLIGHT, RPC_SECONDS
 
 log = logging.getLogger("autoglm.rpc")
+
+TRACE_ID = "x-trace-id"
+"""Trailing metadata of every failed call: which trace to look at."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -114,7 +118,10 @@ class _Call:
     async def _abort(self, error: ServiceError) -> NoReturn:
         code, text, trailers = status_of(error)
         self._done(code.name, reason=text)
-        await self.context.abort(code, text, (*(self.context.trailing_metadata() or ()), *trailers))
+        earlier = tuple(self.context.trailing_metadata() or ())
+        if not any(key == TRACE_ID for key, _ in earlier):  # refused before the service could say it
+            trailers = (*trailers, (TRACE_ID, f"{trace.get_current_span().get_span_context().trace_id:032x}"))
+        await self.context.abort(code, text, (*earlier, *trailers))
         raise AssertionError("abort returned")
 
     def _done(self, code: str, **facts: object) -> None:

