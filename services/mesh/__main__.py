@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -40,7 +41,10 @@ def run(
     if directory.holder() is None:
         _check_policy(settings)
         console.print("[bold]Starting the mesh[/]")
-        supervisor = start.start(directory, os.environ, dies_with_us=False)
+        try:
+            supervisor = start.start(directory, os.environ, dies_with_us=False)
+        except OSError as error:
+            _fail(_unusable(error))
     else:
         console.print("The mesh is already up.")
     try:
@@ -69,7 +73,11 @@ def smoke(timeout_s: float = typer.Option(45.0, min=1, help="How long the mesh m
 
     settings, _ = _begin()
     _check_policy(settings)
-    raise typer.Exit(0 if judge(settings, _expected(settings), timeout_s, console) else 1)
+    try:
+        passed = judge(settings, _expected(settings), timeout_s, console)
+    except OSError as error:
+        _fail(_unusable(error))
+    raise typer.Exit(0 if passed else 1)
 
 
 @app.command()
@@ -139,12 +147,21 @@ async def _supervise(settings: MeshSettings) -> int:
 
 def _begin() -> tuple[MeshSettings, RunDirectory]:
     settings = read(MeshSettings)
-    return settings, RunDirectory(settings.run_dir)
+    directory = RunDirectory(settings.run_dir)
+    try:
+        directory.holder()
+    except OSError as error:
+        _fail(_unusable(error))
+    return settings, directory
+
+
+def _unusable(error: OSError) -> str:
+    return f"the run directory cannot be used: {error}; AUTOGLM_RUN_DIR names another"
 
 
 def _running(directory: RunDirectory) -> MeshState:
     current = state.read(directory.state)
-    if directory.holder() is None or current is None:
+    if current is None or current.pid != directory.holder():
         console.print("no mesh is running; start it with: make run")
         raise typer.Exit(3)
     return current
@@ -156,11 +173,12 @@ def _check_policy(settings: MeshSettings, *, with_envoy: bool = False) -> None:
     from services.mesh.translate import NodeSettings, translate
 
     try:
-        known = topology.registry(
-            topology.load(settings.topology, settings.replicas), settings.namespace, settings.bind, ()
-        )
+        processes = topology.load(settings.topology, settings.replicas)
+        known = topology.registry(processes, settings.namespace, settings.bind, ())
+        planned = topology.instances(processes, itertools.count(1))
         loaded = policy.load(settings.policy_dir)
-        problems = policy.check(loaded, known)
+        # Warnings speak of endpoints: here of those that the topology would start.
+        problems = policy.check(loaded, topology.registry(processes, settings.namespace, settings.bind, planned))
         for problem in problems:
             console.print(f"{problem.severity}: {problem}", markup=False, soft_wrap=True, highlight=False)
         if any(problem.severity == "error" for problem in problems):

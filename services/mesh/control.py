@@ -27,8 +27,14 @@ log = logging.getLogger("autoglm.control")
 
 ASK_PAUSE_S = 0.02
 MAX_REASONS = 50
+SETTLED_S = 0.02
+"""File systems stamp changes with a clock that ticks every 1 to 10 ms: of two changes in one tick, the second is seen
+only if nothing was read before the tick had passed. It also spares us files that are half written or just replaced."""
 
-Fingerprint = tuple[tuple[str, int, int], ...]
+UNSETTLED_ROUNDS = 20
+RECOVERY_S = 1.0
+
+Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
 class Refused(Exception):
@@ -64,6 +70,7 @@ class Control:
         self._policy = Policy()
         self._snapshot: Snapshot | None = None
         self._seen: Fingerprint = ()
+        self._unsettled_rounds = 0
         self._endpoints_moved = asyncio.Event()
         self._settled = asyncio.Event()
         self.state = PolicyState()
@@ -107,10 +114,15 @@ class Control:
                 await asyncio.sleep(self._pace.watch_s)
                 self._seen = ()
                 self._endpoints_moved.set()
+            except Exception as error:  # a bug of ours; the loop has to live for the next edit
+                log.exception("the control loop stumbled; trying again")
+                self._refuse([f"internal error, see the log of the supervisor: {error!r}"[:500]])
+                await asyncio.sleep(RECOVERY_S)
+                self._endpoints_moved.set()  # not the files: endpoints must go on moving under the old policy
 
     async def _round(self) -> None:
         seen = await asyncio.to_thread(fingerprint, self._directory)
-        if seen != self._seen:
+        if seen != self._seen and await self._is_at_rest(seen):
             self._seen = seen
             began = time.monotonic()
             new_policy, snapshot, warnings = await self._sieve(self._registry())
@@ -122,13 +134,26 @@ class Control:
             snapshot = translate(self._policy, self._registry(), self._node)
             await self._apply(snapshot)
             self._snapshot = snapshot
+            self._warn(warnings_of(self._policy, self._registry()))
             if not self._endpoints_moved.is_set():
                 self._settled.set()
+
+    async def _is_at_rest(self, seen: Fingerprint) -> bool:
+        """Whether a change is complete. Files that never rest are not read, and that is said once."""
+        await asyncio.sleep(SETTLED_S)
+        again = await asyncio.to_thread(fingerprint, self._directory)
+        if again == seen and has_settled(seen, time.time_ns()):
+            self._unsettled_rounds = 0
+            return True
+        self._unsettled_rounds += 1
+        if self._unsettled_rounds == UNSETTLED_ROUNDS:
+            raise Refused([f"the files under {self._directory} do not stop changing; they are read when they rest"])
+        return False
 
     async def _sieve(self, registry: Registry) -> tuple[Policy, Snapshot, list[str]]:
         try:
             loaded = await asyncio.to_thread(policy.load, self._directory)
-            warnings = [str(problem) for problem in policy.check(loaded, registry) if problem.severity == "warning"]
+            warnings = warnings_of(loaded, registry)
             snapshot = translate(loaded, registry, self._node)
             await envoy.validate(snapshot.static())
         except PolicyError as error:
@@ -180,13 +205,20 @@ class Control:
             version=version_of(snapshot),
             accepted_unix_s=time.time(),
             accept_ms=round(took_ms, 1),
-            warnings=warnings[:MAX_REASONS],
             weights=weights(self._policy),
         )
         log.info("policy accepted", extra={"facts": {"version": self.state.version, "ms": round(took_ms, 1)}})
-        for warning in warnings:
-            log.warning(warning)
+        self._warn(warnings)
         self._changed()
+
+    def _warn(self, warnings: list[str]) -> None:
+        """Warnings speak of what runs, so they come and go with the endpoints; each is logged when it comes."""
+        for warning in warnings:
+            if warning not in self.state.warnings:
+                log.warning(warning)
+        if warnings[:MAX_REASONS] != self.state.warnings:
+            self.state = self.state.model_copy(update={"warnings": warnings[:MAX_REASONS]})
+            self._changed()
 
     def _refuse(self, reasons: list[str]) -> None:
         self.state = self.state.model_copy(update={"refused": reasons, "refused_unix_s": time.time()})
@@ -203,8 +235,18 @@ def fingerprint(directory: Path) -> Fingerprint:
             status = path.stat()
         except OSError:  # an editor is replacing it
             continue
-        found.append((str(path), status.st_mtime_ns, status.st_size))
+        found.append((str(path), status.st_mtime_ns, status.st_size, status.st_ino))
     return tuple(found)
+
+
+def has_settled(found: Fingerprint, now_ns: int) -> bool:
+    """Whether the newest change is so old that another one would show. A time stamp from the future says nothing."""
+    return not any(0 <= now_ns - changed_ns < SETTLED_S * 1e9 for _, changed_ns, _, _ in found)
+
+
+def warnings_of(loaded: Policy, registry: Registry) -> list[str]:
+    """What works and surely was not meant so."""
+    return [str(problem) for problem in policy.check(loaded, registry) if problem.severity == "warning"]
 
 
 def version_of(snapshot: Snapshot) -> str:

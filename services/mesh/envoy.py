@@ -95,7 +95,7 @@ class Admin:
 
     async def texts(self) -> dict[str, str]:
         """All text statistics, the xDS versions among them."""
-        answer = json.loads(await self._ask("GET", "/stats?type=TextReadouts&format=json"))
+        answer = await self._ask_json("/stats?type=TextReadouts&format=json")
         found: dict[str, str] = {}
         for entry in answer.get("stats", []):
             if "name" in entry:
@@ -104,23 +104,30 @@ class Admin:
 
     async def counters(self, pattern: str) -> dict[str, int]:
         """Counters and gauges whose name matches the regular expression."""
-        answer = json.loads(await self._ask("GET", f"/stats?format=json&type=All&filter={quote(pattern)}"))
+        answer = await self._ask_json(f"/stats?format=json&type=All&filter={quote(pattern)}")
         return {e["name"]: int(e["value"]) for e in answer.get("stats", []) if isinstance(e.get("value"), int)}
 
     async def refusals(self) -> list[str]:
         """Why Envoy refused the newest resources, in its own words."""
-        dump = json.loads(await self._ask("GET", "/config_dump"))
+        dump = await self._ask_json("/config_dump")
         return [str(item["details"]) for item in _find(dump, "error_state")]
 
     async def clusters(self) -> list[dict[str, Any]]:
         """State of every cluster and its endpoints."""
-        answer = json.loads(await self._ask("GET", "/clusters?format=json"))
+        answer = await self._ask_json("/clusters?format=json")
         found: list[dict[str, Any]] = answer.get("cluster_statuses", [])
         return found
 
     async def reopen_logs(self) -> None:
         """Makes Envoy open its access log anew, after a rotation."""
         await self._ask("POST", "/reopen_logs")
+
+    async def _ask_json(self, path: str) -> dict[str, Any]:
+        try:
+            answer = json.loads(await self._ask("GET", path))
+        except ValueError as error:  # Envoy died while it answered
+            raise OSError(f"Envoy's admin page: half an answer to {path}") from error
+        return answer if isinstance(answer, dict) else {}
 
     async def _ask(self, method: str, path: str) -> bytes:
         return await asyncio.to_thread(self._ask_now, method, path)

@@ -281,8 +281,9 @@ class LocalMesh:
         while True:
             await asyncio.sleep(ROTATE_EVERY_S)
             with suppress(OSError):
-                if path.stat().st_size > self.settings.log_bytes:
+                if path.exists() and path.stat().st_size > self.settings.log_bytes:
                     path.replace(path.with_name("access.log.1"))
+                if not path.exists():  # also when Envoy did not hear us the last time
                     await self.admin.reopen_logs()
 
 

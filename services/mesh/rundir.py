@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LOCK_ATTEMPTS = 10
+LOCK_PAUSE_S = 0.02
 
 
 class AlreadyRunning(Exception):
@@ -33,10 +37,8 @@ class RunDirectory:
         self.logs.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise AlreadyRunning(f"another mesh runs in {self.root}") from None
+            if not _lock(descriptor):
+                raise AlreadyRunning(f"another mesh runs in {self.root}")
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             yield
@@ -58,6 +60,18 @@ class RunDirectory:
             return None
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Tries for a moment: whoever only asks for the holder has the lock for some microseconds, too."""
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_PAUSE_S)
+        else:
+            return True
+    return False
 
 
 def write_atomically(path: Path, text: str) -> None:

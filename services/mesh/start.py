@@ -44,18 +44,27 @@ def start(directory: RunDirectory, environment: Mapping[str, str], *, dies_with_
 def wait_up(
     directory: RunDirectory, supervisor: subprocess.Popen[bytes] | None, timeout_s: float, watch: Watcher
 ) -> MeshState:
-    """Returns when everything is ready; `watch` sees each state on the way. Raises `CannotStart` with the reason."""
+    """Returns when everything is ready; `watch` sees each state on the way. Raises `CannotStart` with the reason.
+
+    Without `supervisor`, or when another was quicker than it, this waits for whoever holds the directory.
+    """
     deadline = time.monotonic() + timeout_s
+    who = None if supervisor is None else supervisor.pid
     while time.monotonic() < deadline:
         ended = supervisor is not None and supervisor.poll() is not None
+        holder = directory.holder() if supervisor is None or ended else supervisor.pid
+        who = holder or who
         current = state.read(directory.state)
-        if current is not None and (supervisor is None or current.pid == supervisor.pid):
+        # What an earlier mesh left behind says nothing about this one.
+        if current is not None and current.pid == who:
             watch(current)
             if current.phase == "up":
                 return current
             if current.phase == "failed":
                 raise CannotStart(current.reason)
-        if ended or (supervisor is None and directory.holder() is None):
+            if current.phase in ("stopping", "stopped"):
+                raise CannotStart("it was stopped before it was up")
+        if holder is None:
             raise CannotStart(last_words(directory) or "the supervisor ended without a word")
         time.sleep(POLL_S)
     raise CannotStart(f"not up after {timeout_s:g} s; see the logs in {directory.logs}")

@@ -74,7 +74,7 @@ def show(status: dict[str, Any], console: Console) -> None:
     else:
         console.print("no fallbacks: everything was done as asked", style="dim")
     for line in policy["warnings"]:
-        console.print(f"[yellow]policy warning[/] {line}")
+        console.print(f"policy warning: {line}", style="yellow", markup=False, soft_wrap=True)
     if policy["refused"]:
         console.print(
             f"[bold red]the edit of {_ago(policy['refused_unix_s'])} ago is refused; the old policy stays:[/]"

@@ -228,6 +228,8 @@ def read_log(path: Path, reading: Reading) -> Iterator[Record]:
             try:
                 data = json.loads(line)
                 if data["kind"] == "header":
+                    while held:  # a restart: the numbers begin anew
+                        yield held.popitem(last=False)[1]
                     policy = _policy_of(data)
                 elif data["kind"] == "decision" and policy is not None:
                     record = record_from_json(data, policy)

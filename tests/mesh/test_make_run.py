@@ -138,9 +138,13 @@ def test_a_good_edit_is_served(mesh: Mesh) -> None:
     try:
         current = mesh.until(lambda now: now.policy.version != version)
         assert [item.weight for item in current.policy.weights] == [90, 10]
+        (warning,) = current.policy.warnings
+        assert "10 % of the requests go to subset canary" in warning and warning in mesh.command("status").stdout
+        checked = mesh.command("validate", str(mesh.policy))
+        assert checked.returncode == 0 and "subset canary" in checked.stdout
     finally:
         routes.write_text(before)
-    mesh.until(lambda now: now.policy.version == version)
+    assert mesh.until(lambda now: now.policy.version == version).policy.warnings == []
 
 
 def test_a_broken_edit_is_refused_with_all_reasons_and_the_old_policy_stays(mesh: Mesh) -> None:
@@ -174,6 +178,55 @@ def test_a_killed_worker_comes_back_while_the_other_serves(mesh: Mesh) -> None:
     assert process(back, victim.name).pid != victim.pid
 
 
+def test_decisions_of_a_real_run_replay_and_hold_no_prompt(mesh: Mesh) -> None:
+    """The log is there without asking for it; the replay finds no difference, across a restart of the scheduler too."""
+    log = mesh.directory.root / "decisions" / "decisions.jsonl"
+
+    def decisions() -> int:
+        return log.read_bytes().count(b'"kind":"decision"')
+
+    def placed_again() -> bool:
+        ask(mesh)
+        return decisions() > before
+
+    ask(mesh)
+    before, victim = decisions(), process(mesh.state(), "scheduler")
+    assert before > 0 and victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    mesh.until(lambda now: process(now, "scheduler").restarts > victim.restarts and all_ready(now))
+    mesh.until(lambda _: placed_again())
+    done = subprocess.run(
+        [sys.executable, "-m", "services.scheduler.replay", str(log)],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"identical +{decisions()}\n", done.stdout), done.stdout
+    assert b"count the words" not in log.read_bytes()
+
+
+def test_a_trace_is_whole_without_the_picker(mesh: Mesh) -> None:
+    """The scheduler hangs: the answer comes, its trace is one tree with Envoy's question in it and nobody's answer."""
+    victim = process(mesh.state(), "scheduler")
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGSTOP)
+    try:
+        answer = ask(mesh)
+        others = [name for name in EVERYBODY if name != "scheduler"]
+        tree, missing = demo.whole_trace(mesh.state().addresses.traces, answer.trace_id, others)
+        assert answer.text and not missing and tree.has_root and not tree.orphans
+        assert not any(service.startswith("scheduler") for service in tree.services)
+    finally:
+        os.kill(victim.pid, signal.SIGCONT)
+    mesh.until(all_ready)
+
+
+def test_a_lost_access_log_is_opened_again(mesh: Mesh) -> None:
+    """Envoy missed the order to open a new file after a rotation: it is told again, so the old one stays bounded."""
+    path = mesh.directory.envoy / "access.log"
+    path.replace(path.with_name("access.log.1"))
+    mesh.until(lambda _: path.exists())
+
+
 def test_one_trace_can_be_shown_again(mesh: Mesh) -> None:
     """`trace ID` and `trace last` draw what the sink keeps; an unknown id is an error."""
     answer = ask(mesh)
@@ -192,6 +245,16 @@ def test_a_taken_port_is_named_with_the_setting_that_moves_it(mesh: Mesh, tmp_pa
     assert refused.returncode == 1
     assert mesh.environment["AUTOGLM_INGRESS_PORT"] in refused.stdout and "AUTOGLM_INGRESS_PORT=" in refused.stdout
     assert other.directory.holder() is None
+
+
+@pytest.mark.parametrize("word", ["run", "smoke", "status", "stop"])
+def test_a_run_directory_that_cannot_be_used_is_named(tmp_path: Path, word: str) -> None:
+    """One line with the way out, no traceback."""
+    (tmp_path / "run").write_text("a file")
+    lone = Mesh(environment(tmp_path, REPOSITORY / "istio/base"), RunDirectory(tmp_path / "run"), tmp_path, "")
+    refused = lone.command(word)
+    assert refused.returncode == 1
+    assert "AUTOGLM_RUN_DIR names another" in refused.stdout and "Traceback" not in refused.stdout + refused.stderr
 
 
 def test_what_cannot_start_is_shown_with_its_last_words(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@
 """
 
 import ipaddress
-import math
 from collections.abc import Iterator, Mapping
 
-from services.mesh.policy.destination_rule import DestinationRule, OutlierDetection
+from services.mesh.policy import suspicions
+from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key_of, qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.policy.problems import Problem
+from services.mesh.policy.suspicions import Finding
 from services.mesh.policy.virtual_service import MESH, Destination, Route, VirtualService
 from services.mesh.registry import Registry, Service
 
@@ -58,9 +59,6 @@ GRPC_STATUS = {
         )
     )
 }
-_ENVOY_MAX_EJECTION_PERCENT = 10
-
-Finding = tuple[str, str]
 
 
 def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
@@ -76,13 +74,16 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
 
     for service in policy.virtual_services:
         add(service, _virtual_service(service, policy, ports))
+        add(service, suspicions.starved(service, policy, registry), is_warning=True)
     for rule in policy.destination_rules:
         add(rule, _destination_rule(rule, policy, ports))
-        add(rule, _ejection(rule, registry), is_warning=True)
+        add(rule, suspicions.ejection(rule, registry), is_warning=True)
     for pool in policy.inference_pools:
         add(pool, _pool(pool, policy, registry, ports))
     for entry in policy.service_entries:
         add(entry, _service_entry(entry, policy, registry))
+    for gateway in policy.gateways:
+        add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
     for singles in (policy.gateways, policy.telemetries):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
@@ -224,36 +225,6 @@ def _is_ip(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _ejection(rule: DestinationRule, registry: Registry) -> Iterator[Finding]:
-    """Envoy ejects while (ejected + 1) of all endpoints stays within the percentage: with few, that may be never."""
-    host = qualified(rule.spec.host, rule.metadata.namespace)
-    service = next((service for service in registry.services if service.host == host), None)
-    if service is None:
-        return
-    policies = [("spec.trafficPolicy", rule.spec.traffic_policy, dict[str, str]())]
-    policies += [
-        (f"spec.subsets[{number}].trafficPolicy", subset.traffic_policy, subset.labels)
-        for number, subset in enumerate(rule.spec.subsets)
-    ]
-    for path, traffic, labels in policies:
-        detection: OutlierDetection | None = traffic.outlier_detection if traffic is not None else None
-        if detection is None:
-            continue
-        percent = detection.max_ejection_percent
-        percent = _ENVOY_MAX_EJECTION_PERCENT if percent is None else percent
-        for name, endpoints in service.endpoints.items():
-            count = sum(labels.items() <= dict(endpoint.labels).items() for endpoint in endpoints)
-            if count and percent * count < 100:
-                needed = "no number of endpoints is enough" if percent == 0 else f"it takes {math.ceil(100 / percent)}"
-                yield (
-                    f"{path}.outlierDetection.maxEjectionPercent",
-                    (
-                        f"{percent} % of the {count} endpoint(s) on port {name} is less than one: nothing is "
-                        f"ever ejected ({needed}); use 100"
-                    ),
-                )
 
 
 def _pool(

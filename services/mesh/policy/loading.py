@@ -17,7 +17,7 @@ from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.objects import ObjectKey, Policy, PolicyObject, key_of
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
 from services.mesh.policy.problems import PolicyError, Problem
-from services.mesh.policy.refusals import explain, unsupported_kind
+from services.mesh.policy.refusals import explain, short, unsupported_kind
 from services.mesh.policy.virtual_service import VirtualService
 
 _KINDS: dict[str, type[PolicyObject]] = {
@@ -117,7 +117,10 @@ def _documents(path: Path, name: str, limits: Limits, problems: list[Problem]) -
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
         problems.append(Problem(name, "", "", " ".join(str(error).split())))
         return
-    yield from (document for document in documents if document is not None)
+    found = [document for document in documents if document is not None]
+    if not found:  # cut short by an editor or a full disk, sooner than meant
+        problems.append(Problem(name, "", "", "holds no object; delete the file if that is what you mean"))
+    yield from found
 
 
 def _refuse_traps(text: str, limits: Limits) -> None:
@@ -157,7 +160,7 @@ def _object(document: Any, file: str, index: int, problems: list[Problem]) -> Po
     kind = document.get("kind")
     metadata = document.get("metadata")
     name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
-    label = f"{kind}/{name}"
+    label = "/".join(part if isinstance(part, str) and len(part) <= 253 else short(part) for part in (kind, name))
     model = _KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
         problems.append(Problem(file, label, "kind", unsupported_kind(kind, tuple(_KINDS))))

@@ -42,9 +42,15 @@ def explain(error: ValidationError, model: type[Strict]) -> Iterator[tuple[str, 
 
 def unsupported_kind(kind: object, known: tuple[str, ...]) -> str:
     """Why an object of this kind was refused."""
-    if kind in _ISTIO_KINDS:
+    if isinstance(kind, str) and kind in _ISTIO_KINDS:
         return _UNSUPPORTED
-    return f"unknown kind {kind!r}; supported are {', '.join(known)}"
+    return f"unknown kind {short(kind)}; supported are {', '.join(known)}"
+
+
+def short(value: object) -> str:
+    """A value that may be anything, as a few words."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _extra(name: str, owner: type[Strict] | None) -> str:

@@ -12,9 +12,10 @@ EVERYTHING = Path(__file__).with_name("everything") / "policy.yaml"
 GRPC = ServicePort("grpc", 50051, "grpc")
 
 
-def registry(workers: int = 1) -> Registry:
-    """The base services, with a number of v1 workers."""
-    here = tuple(Endpoint("127.0.0.1", 7000 + n, {"version": "v1"}) for n in range(workers))
+def registry(workers: int = 1, canaries: int = 1) -> Registry:
+    """The base services, with a number of v1 workers and of canaries."""
+    versions = ["v1"] * workers + ["canary"] * canaries
+    here = tuple(Endpoint("127.0.0.1", 7000 + n, {"version": version}) for n, version in enumerate(versions))
     return Registry(
         (
             Service("gateway", "autoglm", (GRPC, ServicePort("http", 8000, "http"))),
@@ -24,12 +25,12 @@ def registry(workers: int = 1) -> Registry:
     )
 
 
-def findings(tmp_path: Path, old: str = "", new: str = "", workers: int = 1) -> tuple[Problem, ...]:
+def findings(tmp_path: Path, old: str = "", new: str = "", workers: int = 1, canaries: int = 1) -> tuple[Problem, ...]:
     """The findings on everything/policy.yaml with one text replaced."""
     text = EVERYTHING.read_text()
     assert old in text
     (tmp_path / "p.yaml").write_text(text.replace(old, new, 1) if old else text)
-    return check(load(tmp_path), registry(workers))
+    return check(load(tmp_path), registry(workers, canaries))
 
 
 def test_the_base_policy_has_neither_errors_nor_warnings() -> None:
@@ -173,11 +174,38 @@ def test_ejection_that_can_never_happen_is_a_warning(
     tmp_path: Path, percent: str, workers: int, is_warned: bool
 ) -> None:
     """Envoy ejects only whole endpoints: a tenth of nine is none. The policy still works, so it is not refused."""
-    found = findings(tmp_path, "maxEjectionPercent: 100", f"maxEjectionPercent: {percent}", workers)
+    all_found = findings(tmp_path, "maxEjectionPercent: 100", f"maxEjectionPercent: {percent}", workers, 0)
+    found = [problem for problem in all_found if "outlierDetection" in problem.path]
     assert [problem.severity for problem in found] == (["warning"] if is_warned else [])
 
 
 def test_a_missing_ejection_percentage_means_envoys_ten(tmp_path: Path) -> None:
     """The default is the trap, so it is warned about as well."""
     found = findings(tmp_path, "      maxEjectionPercent: 100\n")
-    assert "10 % of the 1 endpoint(s)" in found[0].message
+    assert "10 % of the 2 endpoint(s)" in found[0].message
+
+
+@pytest.mark.parametrize(
+    ("workers", "canaries", "words"),
+    [(1, 0, "25 % of the requests go to subset canary"), (0, 1, "75 % of the requests go to subset v1")],
+)
+def test_weight_for_a_subset_in_which_nobody_runs_is_a_warning(
+    tmp_path: Path, workers: int, canaries: int, words: str
+) -> None:
+    """That share of the requests fails; the message says which share, which labels, and both ways out."""
+    found = findings(tmp_path, workers=workers, canaries=canaries)
+    assert {problem.severity for problem in found} == {"warning"}
+    assert any(words in str(problem) and "start a replica" in str(problem) for problem in found)
+
+
+def test_nobody_is_warned_while_a_service_starts(tmp_path: Path) -> None:
+    """Without any endpoint the service is starting or gone, and that is said elsewhere; weight 0 asks for nothing."""
+    assert findings(tmp_path, workers=0, canaries=0) == ()
+    assert check(load(ROOT / "istio" / "base"), registry(1, 0)) == ()
+
+
+def test_a_door_that_leads_nowhere_is_a_warning(tmp_path: Path) -> None:
+    """Deleting the routes is allowed and answers 404 to everybody: worth a word."""
+    (tmp_path / "p.yaml").write_text((ROOT / "istio" / "base" / "gateway.yaml").read_text())
+    (found,) = check(load(tmp_path), registry())
+    assert found.severity == "warning" and "answered 404" in found.message

@@ -88,3 +88,9 @@ def test_the_repositorys_own_topology_has_every_service_of_the_request_path() ->
     names = [item.name for item in topology.instances(loaded, range(1000))]
     assert {"gateway", "tokenizer", "scheduler", "cache"} <= set(names)
     assert names.count("sparse-inference-canary-0") == 1 and "sparse-inference-v1-1" in names
+
+
+def test_every_decision_of_the_local_mesh_is_kept() -> None:
+    """The decision log is on, in the run directory of its mesh: what happened can be replayed without preparation."""
+    loaded = topology.load(Path(__file__).resolve().parents[3] / "deploy" / "local" / "mesh.yaml")
+    assert loaded.services["scheduler"].environment["AUTOGLM_DECISION_LOG"].startswith("{run_dir}/")

@@ -114,6 +114,14 @@ def test_a_torn_line_costs_one_record(tmp_path: Path) -> None:
     assert reading.unreadable_lines == 1
 
 
+def test_a_restart_costs_no_record(tmp_path: Path) -> None:
+    """Numbers begin anew with each process; the records before and after it stay apart in one log."""
+    path = tmp_path / "decisions.jsonl"
+    write(path, [record(1), record(2)])
+    write(path, [record(1), record(2), record(3)])
+    assert [entry.sequence for entry in read_log(path, Reading())] == [1, 2, 1, 2, 3]
+
+
 def test_a_full_queue_drops_and_says_so(tmp_path: Path) -> None:
     """A disk that cannot keep up never holds up a request."""
     lost: list[str] = []
