@@ -9,22 +9,27 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from engine.checkpoints.files import read_bounded
+
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
 """Everything that decides how text becomes ids: vocabulary, template, special tokens. Only the first must exist."""
+
+MAX_TEXT_FILE_BYTES = 256 << 20
 
 
 def tokenizer_digest(directory: Path) -> str:
     """`sha256:` and 64 hexadecimal digits over the raw bytes of TEXT_FILES, in that order.
 
     Hashed are, for each file that exists: its name, a zero byte, its size as 8 little-endian bytes, its bytes. A file
-    that is missing adds nothing. Raises FileNotFoundError when there is no tokenizer.json.
+    that is missing adds nothing. Raises FileNotFoundError when there is no tokenizer.json, OSError for what is no
+    regular file or larger than MAX_TEXT_FILE_BYTES.
     """
     hasher = hashlib.sha256(b"autoglm-tokenizer-v1\0")
     for name in TEXT_FILES:
         path = directory / name
         if name != TEXT_FILES[0] and not path.exists():
             continue
-        content = path.read_bytes()
+        content = read_bounded(path, MAX_TEXT_FILE_BYTES)
         hasher.update(name.encode() + b"\0" + len(content).to_bytes(8, "little"))
         hasher.update(content)
     return f"sha256:{hasher.hexdigest()}"

@@ -7,7 +7,6 @@ every problem is a `CheckpointError` that names the file and the tensor.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from engine.checkpoints.files import open_regular, read_bounded
+
 F32 = npt.NDArray[np.float32]
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 10_000
+MAX_ROTARY_ENTRIES = 1 << 26
+"""Positions times rotated dimensions: executors keep tables of this size, whatever the weights weigh."""
+DTYPES = ("F32", "F16", "BF16")
+"""Others are not weights as they stand (integers need their scales) or would lose bits on the way to float32."""
 
 
 class CheckpointError(Exception):
@@ -52,6 +58,14 @@ class GlmConfig:
     def kv_bytes_per_token(self) -> int:
         """float32 keys and values of one token over all layers."""
         return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim * 4
+
+    @property
+    def weight_bytes(self) -> int:
+        """float32 weights that the configuration promises, `GlmWeights.resident_bytes` before anything is read."""
+        hidden, query = self.hidden_size, self.num_attention_heads * self.head_dim
+        qkv = query + 2 * self.num_key_value_heads * self.head_dim
+        layer = (2 + qkv + query + 3 * self.intermediate_size) * hidden + (qkv if self.attention_bias else 0)
+        return 4 * (self.num_hidden_layers * layer + hidden + 2 * self.vocab_size * hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +110,15 @@ class GlmWeights:
         return self.parameters * 4 + tied_copy
 
 
-def load(directory: Path) -> GlmWeights:
-    """Reads `config.json` and `model.safetensors` below `directory`. Raises CheckpointError."""
+def load(directory: Path, max_bytes: int = 64 << 30) -> GlmWeights:
+    """Reads `config.json` and `model.safetensors` below `directory`. Raises CheckpointError, also when the float32
+    weights would take more than `max_bytes`."""
     config = read_config(directory / "config.json")
     path = directory / "model.safetensors"
+    if config.weight_bytes > max_bytes:
+        raise CheckpointError(f"{path}: would take {config.weight_bytes} bytes, at most {max_bytes} are allowed")
     try:
+        _check_header(path)
         with safe_open(path, framework="np") as file:
             names = set(file.keys())
             if len(names) > MAX_TENSORS:
@@ -109,7 +127,10 @@ def load(directory: Path) -> GlmWeights:
             def take(name: str, *shape: int) -> F32:
                 if name not in names:
                     raise CheckpointError(f"{path}: tensor {name} is missing")
-                seen = tuple(file.get_slice(name).get_shape())
+                stored = file.get_slice(name)
+                if (dtype := stored.get_dtype()) not in DTYPES:
+                    raise CheckpointError(f"{path}: {name} is {dtype}; this reader takes {', '.join(DTYPES)}")
+                seen = tuple(stored.get_shape())
                 if seen != shape:
                     raise CheckpointError(f"{path}: {name} has shape {seen}, the configuration wants {shape}")
                 array = np.asarray(file.get_tensor(name)).astype(np.float32)
@@ -122,24 +143,39 @@ def load(directory: Path) -> GlmWeights:
         raise CheckpointError(f"{path}: no such file") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+
+
+def _check_header(path: Path) -> None:
+    """Parsing a header costs many times its size, so a huge one is refused unread."""
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: its safetensors header has {size} bytes, at most {MAX_HEADER_BYTES} are read")
 
 
 def read_config(path: Path) -> GlmConfig:
     """The checked configuration. Raises CheckpointError."""
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-        raw = json.loads(path.read_text())
+        raw = json.loads(read_bounded(path, MAX_CONFIG_BYTES).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "glm":
         kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         raise CheckpointError(f"{path}: model_type is {kind!r}; this reader takes 'glm'")
     rope: Mapping[str, Any] = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{path}: rope_type {rope['rope_type']!r} is not supported")
+    scaling: Mapping[str, Any] = raw.get("rope_scaling") or {}  # where older exports say the same
+    for name, given in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(given, dict):
+            raise CheckpointError(f"{path}: {name} is {type(given).__name__}; an object is needed")
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"{path}: {name}: rope_type {kind!r} is not supported")
 
     def number(name: str, low: int, high: int, source: Mapping[str, Any] = raw) -> int:
         value = source.get(name)
@@ -149,9 +185,15 @@ def read_config(path: Path) -> GlmConfig:
 
     def real(name: str, low: float, high: float, default: float) -> float:
         value = rope.get(name, raw.get(name, default))
-        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
             raise CheckpointError(f"{path}: {name} is {value!r}; a number from {low} to {high} is needed")
         return float(value)
+
+    def flag(name: str) -> bool:
+        value = raw.get(name, False)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{path}: {name} is {value!r}; true or false is needed")
+        return value
 
     activation = raw.get("hidden_act", "silu")
     if activation not in ("relu", "silu"):
@@ -159,13 +201,16 @@ def read_config(path: Path) -> GlmConfig:
     ends = raw.get("eos_token_id") or []
     ends = ends if isinstance(ends, list) else [ends]
     vocabulary = number("vocab_size", 2, 2_000_000)
-    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ends) or len(ends) > 64:
+    if len(ends) > 64 or not all(type(token) is int and 0 <= token < vocabulary for token in ends):
         raise CheckpointError(f"{path}: eos_token_id is {ends!r}; ids below vocab_size are needed")
     heads, kv_heads = number("num_attention_heads", 1, 1024), number("num_key_value_heads", 1, 1024)
     if heads % kv_heads:
         raise CheckpointError(f"{path}: {heads} attention heads are no multiple of {kv_heads} key-value heads")
     head_dim = number("head_dim", 2, 1024)
     rotary = int(head_dim * real("partial_rotary_factor", 0.0, 1.0, 0.5))
+    context = number("max_position_embeddings", 1, 1 << 20)
+    if context * rotary > MAX_ROTARY_ENTRIES:
+        raise CheckpointError(f"{path}: max_position_embeddings {context} is too many for {rotary} rotated dimensions")
     return GlmConfig(
         vocab_size=vocabulary,
         hidden_size=number("hidden_size", 1, 65_536),
@@ -177,10 +222,10 @@ def read_config(path: Path) -> GlmConfig:
         rotary_size=rotary - rotary % 2,
         rope_theta=real("rope_theta", 1.0, 1e9, 10_000.0),
         rms_norm_eps=real("rms_norm_eps", 0.0, 1.0, 1e-5),
-        max_position_embeddings=number("max_position_embeddings", 1, 1 << 20),
+        max_position_embeddings=context,
         hidden_act=activation,
-        attention_bias=bool(raw.get("attention_bias", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=flag("attention_bias"),
+        tie_word_embeddings=flag("tie_word_embeddings"),
         end_token_ids=tuple(ends),
     )
 

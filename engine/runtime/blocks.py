@@ -47,8 +47,10 @@ class BlockStore:
                 payload = self._blocks.get(block_hash)
                 if payload is None:
                     break
-                self._blocks.move_to_end(block_hash)
                 found.append(payload)
+            # The beginning becomes the youngest: a chain that loses its first block is of no use, its last is no loss.
+            for block_hash in reversed(hashes[: len(found)]):
+                self._blocks.move_to_end(block_hash)
         return found
 
     def changes(self, limit: int) -> tuple[list[bytes], list[bytes]]:

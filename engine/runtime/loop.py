@@ -11,10 +11,10 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.executors.interface import F32, Executor, Span
-from engine.runtime.sampling import draw, logprobs_of
+from engine.runtime.sampling import draw, is_sound, logprobs_of
 from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Listener, Request, Running, Tokens
 
 log = logging.getLogger("autoglm.engine")
@@ -36,7 +36,7 @@ class Limits:
     max_waiting: int = 64
     kv_capacity_bytes: int = 256 << 20
     step_rows: int = 64
-    """Rows of one step: decoding requests first, prefill fills up."""
+    """Rows of one step: decoding requests first, prefill fills up, but one block of prefill at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,19 @@ class Loop:
         if sequence.capacity_tokens * self._kv_bytes_per_token > self._limits.kv_capacity_bytes:
             raise QueueFull("the request alone needs more key-value memory than the worker has")
         with self._wake:
-            if self._closed:
-                raise Closed("the worker is draining")
-            if len(self._waiting) + len(self._running) >= self._limits.max_running + self._limits.max_waiting:
-                raise QueueFull(f"{len(self._running)} requests run and {len(self._waiting)} wait, as many as may")
+            self.check_room()
             self._waiting.append(sequence)
             self._wake.notify()
         return sequence
+
+    def check_room(self, arriving: int = 0) -> None:
+        """Raises what `submit` would raise now, had `arriving` more requests been submitted already."""
+        with self._wake:
+            if self._closed:
+                raise Closed("the worker is draining")
+            running, waiting = len(self._running), len(self._waiting) + arriving
+            if running + waiting >= self._limits.max_running + self._limits.max_waiting:
+                raise QueueFull(f"{running} requests run and {waiting} wait, as many as may")
 
     def cancel(self, sequence: Running) -> None:
         """Frees the request before the next step; its listener hears nothing more than a Failure.CANCELLED."""
@@ -127,10 +133,23 @@ class Loop:
                     if self._closed:
                         return
                     self._wake.wait()
-            self._drop_the_gone()
-            self._admit()
-            if self._running:
-                self._step()
+            try:
+                self._drop_the_gone()
+                self._admit()
+                if self._running:
+                    self._step()
+            except Exception:
+                # No request may end the thread: all others would wait for ever.
+                log.exception("the step loop failed; every request ends")
+                self._end_all()
+
+    def _end_all(self) -> None:
+        with self._wake:
+            ended = [*self._running, *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for sequence in ended:
+            self._tell(sequence, Failure.INTERNAL)
 
     def _drop_the_gone(self) -> None:
         now = time.monotonic()
@@ -154,9 +173,12 @@ class Loop:
                     break
                 used += needed
                 self._running.append(self._waiting.popleft())
-        for sequence in self._running:
-            if sequence.cache is None:
+        for sequence in [s for s in self._running if s.cache is None]:
+            try:
                 self._begin(sequence)
+            except Exception:
+                log.exception("a request could not begin; it ends")
+                self._end(sequence, Failure.INTERNAL)
 
     def _begin(self, sequence: Running) -> None:
         cache = self._executor.new_cache(sequence.capacity_tokens)
@@ -166,6 +188,7 @@ class Loop:
             except ValueError as error:
                 log.warning("a cached block was unusable and is recomputed: %s", error)
                 break
+        sequence.request = replace(sequence.request, prefix_blocks=())  # not twice in memory while it runs
         sequence.cache = cache
         sequence.cached_tokens = sequence.prefilled = cache.length
         if sequence.request.block_names is not None:
@@ -177,17 +200,29 @@ class Loop:
         try:
             results = self._executor.step([span for _, span in plan])
         except Exception:
-            log.exception("a step failed; its %d requests end", len(plan))
-            for sequence, _ in plan:
+            planned = {id(sequence): sequence for sequence, _ in plan}
+            log.exception("a step failed; its %d requests end", len(planned))
+            for sequence in planned.values():
                 self._end(sequence, Failure.INTERNAL)
             return
         self._steps += 1
         touched: dict[int, Running] = {}
+        failed: set[int] = set()
         for (sequence, span), logits in zip(plan, results, strict=True):
+            if id(sequence) in failed:
+                continue
             touched[id(sequence)] = sequence
-            self._advance(sequence, span, logits)
-        for sequence in touched.values():
-            self._publish(sequence)
+            try:
+                if logits is not None and not is_sound(logits):
+                    raise FloatingPointError("the model's logits are not finite")
+                self._advance(sequence, span, logits)
+            except Exception:
+                log.exception("a token could not be made; its request ends")
+                failed.add(id(sequence))
+                self._end(sequence, Failure.INTERNAL)
+        for key, sequence in touched.items():
+            if key not in failed:
+                self._publish(sequence)
 
     def _plan(self) -> list[tuple[Running, Span]]:
         """Decoding requests first, one row each; then prefill, oldest first, in aligned blocks up to the budget."""
@@ -199,6 +234,7 @@ class Loop:
                 plan.append((sequence, Span(sequence.cache, sequence.output[-1:], True)))
                 rows += 1
         block = self._executor.block_tokens
+        decoding = len(plan)
         for sequence in self._running:
             if sequence.is_decoding:
                 continue
@@ -207,7 +243,8 @@ class Loop:
             prompt, start = sequence.request.token_ids, sequence.prefilled
             while start < len(prompt):
                 ids = prompt[start : start + block - start % block]
-                if plan and rows + len(ids) > self._limits.step_rows:
+                # The first block always goes: enough decoding requests would otherwise shut new ones out.
+                if len(plan) > decoding and rows + len(ids) > self._limits.step_rows:
                     return plan
                 start += len(ids)
                 plan.append((sequence, Span(sequence.cache, ids, scoring or start == len(prompt))))
@@ -230,6 +267,9 @@ class Loop:
 
     def _generate(self, sequence: Running, logits: F32) -> None:
         request = sequence.request
+        if sequence.produced >= request.max_tokens:
+            self._finish(sequence, FinishReason.LENGTH, None)
+            return
         token = draw(logits, request.sampling, sequence.prompt, sequence.output)
         if token in request.end_token_ids or token in request.stop_token_ids:
             self._finish(sequence, FinishReason.STOP, token)
@@ -256,16 +296,21 @@ class Loop:
             self._finish(sequence, FinishReason.LENGTH, None)
 
     def _publish(self, sequence: Running) -> None:
-        if sequence.request.block_names is None or sequence.cache is None:
+        request, cache = sequence.request, sequence.cache
+        if not sequence.publishes or request.block_names is None or cache is None:
             return
-        whole = sequence.cache.length // self._executor.block_tokens
+        whole = cache.length // self._executor.block_tokens
         if whole == sequence.published:
             return
-        if whole > len(sequence.names):
-            tokens = [*sequence.prompt, *sequence.output]
-            sequence.names = sequence.request.block_names(tokens[: sequence.cache.length])
-        for index in range(sequence.published, whole):
-            sequence.request.on_block(sequence.names[index], sequence.cache.export_block(index))
+        try:
+            if whole > len(sequence.names):
+                tokens = [*sequence.prompt, *sequence.output]
+                sequence.names = request.block_names(tokens[: cache.length])
+            for index in range(sequence.published, whole):
+                request.on_block(sequence.names[index], cache.export_block(index))
+        except Exception:
+            log.exception("a block could not be handed on; the request goes on and keeps the rest to itself")
+            sequence.publishes = False
         sequence.published = whole
 
     def _finish(self, sequence: Running, reason: FinishReason, stop_token_id: int | None) -> None:

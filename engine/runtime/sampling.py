@@ -7,7 +7,6 @@ exactly as it would have (counter-based random numbers: Salmon et al., SC'11).
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,16 +51,14 @@ class Logprobs:
 def draw(logits: F32, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]) -> int:
     """The next token id after `prompt + output`, given `logits` [vocabulary]. Pure."""
     scores = logits.astype(np.float64)
-    for token, bias in sampling.logit_bias.items():
-        scores[token] += bias
+    if bias := sampling.logit_bias:
+        scores[np.fromiter(bias, np.int64, len(bias))] += np.fromiter(bias.values(), np.float64, len(bias))
     if sampling.has_penalties:
         _penalise(scores, sampling, prompt, output)
     if sampling.temperature == 0.0 or sampling.top_k == 1:
         return int(np.argmax(scores))
     # Stable sort: equal scores stay in order of id, on every machine.
-    order = np.argsort(-scores, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
+    order = _best(scores, sampling.top_k or len(scores))
     ranked = scores[order] / sampling.temperature
     weights = np.exp(ranked - ranked[0])
     keep = len(weights)
@@ -87,11 +84,26 @@ def logprobs_of(logits: F32, token: int, top: int) -> Logprobs:
     wide = logits.astype(np.float64)
     peak = wide.max()
     normaliser = peak + np.log(np.exp(wide - peak).sum())
-    best = np.argsort(-wide, kind="stable")[:top] if top else ()
+    best = _best(wide, top) if top else ()
     return Logprobs(
         chosen=(token, _finite(wide[token] - normaliser)),
         top=tuple((int(index), _finite(wide[index] - normaliser)) for index in best),
     )
+
+
+def is_sound(logits: F32) -> bool:
+    """Whether tokens can be drawn from these: with a NaN or an infinity every choice would be arbitrary."""
+    return bool(np.isfinite(logits).all())
+
+
+def _best(scores: F64, count: int) -> npt.NDArray[np.intp]:
+    """Ids of the `count` highest scores, best first, ties by id. Sorts only those: vocabularies are large."""
+    if count < len(scores):
+        least = np.partition(scores, len(scores) - count)[len(scores) - count]
+        candidates = np.flatnonzero(scores >= least)
+    else:
+        candidates = np.arange(len(scores))
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:count]
 
 
 def _finite(value: float) -> float:
@@ -104,5 +116,6 @@ def _penalise(scores: F64, sampling: Sampling, prompt: Sequence[int], output: Se
         seen = np.unique(np.asarray([*prompt, *output], dtype=np.int64))
         factor = sampling.repetition_penalty
         scores[seen] = np.where(scores[seen] > 0, scores[seen] / factor, scores[seen] * factor)
-    for token, count in Counter(output).items():
-        scores[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
+    if output and (sampling.presence_penalty or sampling.frequency_penalty):
+        written, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
+        scores[written] -= sampling.presence_penalty + sampling.frequency_penalty * counts

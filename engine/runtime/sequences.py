@@ -38,7 +38,7 @@ class Request:
     deadline: float | None = None
     """time.monotonic() after which nobody waits for the answer."""
     prefix_blocks: Sequence[bytes] = ()
-    """Payloads of leading blocks that need no prefill; never the whole prompt."""
+    """Payloads of leading blocks that need no prefill; never the whole prompt. Let go once they are in the cache."""
     block_names: Callable[[Sequence[int]], list[bytes]] | None = None
     """Names the whole blocks of a token sequence; None keeps this request's blocks to itself."""
     on_block: Callable[[bytes, bytes], None] = lambda name, payload: None
@@ -92,6 +92,7 @@ class Running:
         "prefilled",
         "prompt",
         "published",
+        "publishes",
         "request",
     )
 
@@ -107,6 +108,7 @@ class Running:
         self.published = 0
         """Whole blocks already handed to the block store."""
         self.names: list[bytes] = []
+        self.publishes = request.block_names is not None
         self.cancelled = False
 
     @property

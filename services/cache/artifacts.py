@@ -7,21 +7,25 @@ keeps it open and finishes. Unlike blocks, artifacts are fsynced: they are large
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 from services.cache.files import charge, remove
 from services.cache.tiers import CORRUPT, EVICTED, SCANNED_OUT, Occupancy
 from services.chassis import telemetry
 from services.chassis.errors import CorruptData, InvalidRequest, NotFound, TooBusy
 from services.chassis.offload import Offload
+
+T = TypeVar("T")
 
 PIECE_BYTES = 1 << 20
 RETRY_AFTER_S = 1.0
@@ -78,7 +82,7 @@ class ArtifactStore:
         self._entries.move_to_end(name)
         path = self._path(name)
         try:
-            descriptor = await self._offload(_open_and_note, path)
+            descriptor = await _whole(self._offload(_open_and_note, path), undo=os.close)
         except OSError:
             self._entries.pop(name, None)
             raise NotFound(f"no artifact {digest} is stored", digest=digest) from None
@@ -114,10 +118,10 @@ class ArtifactStore:
 
     async def reserve(self, size: int, total: int) -> None:
         """Room for `size` more bytes of an arriving artifact that then has `total`. Raises InvalidRequest, TooBusy."""
+        self._arriving_bytes += size  # whatever follows: the upload gives back all that it asked for
         limit = min(self._max_bytes, self._capacity)
         if total > limit:
             raise InvalidRequest(f"the artifact is larger than {limit} bytes", limit=limit)
-        self._arriving_bytes += size
         await self._make_room(0)
         if self._used_bytes > self._capacity:
             raise TooBusy("other artifacts that are arriving have taken the room", RETRY_AFTER_S, limit=self._capacity)
@@ -166,7 +170,7 @@ class Upload:
 
     async def __aenter__(self) -> Upload:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._descriptor = await self._offload(os.open, self._temporary, flags, 0o600)
+        self._descriptor = await _whole(self._offload(os.open, self._temporary, flags, 0o600), undo=self._discard)
         return self
 
     async def write(self, content: bytes) -> None:
@@ -174,7 +178,7 @@ class Upload:
         self._reserved += len(content)
         await self._store.reserve(len(content), self.total_bytes + len(content))
         try:
-            await self._offload(_append, self._descriptor, self._hasher, content)
+            await _whole(self._offload(_append, self._descriptor, self._hasher, content))
         except OSError as error:
             telemetry.fallback("cache_artifact_write", error=os.strerror(error.errno or 0))
             raise TooBusy("the disk takes no more at the moment", RETRY_AFTER_S) from None
@@ -186,7 +190,7 @@ class Upload:
             raise InvalidRequest(f"the content is not sha256:{self._name}", digest=f"sha256:{self._name}")
         try:
             await self._offload(os.fsync, self._descriptor)
-            await self._store.admit(self._name, self._temporary, self.total_bytes)
+            await _whole(self._store.admit(self._name, self._temporary, self.total_bytes))
         except OSError as error:
             telemetry.fallback("cache_artifact_write", error=os.strerror(error.errno or 0))
             raise TooBusy("the disk takes no more at the moment", RETRY_AFTER_S) from None
@@ -195,8 +199,25 @@ class Upload:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._store.release(self._reserved)
-        os.close(self._descriptor)
+        self._discard(self._descriptor)
+
+    def _discard(self, descriptor: int) -> None:
+        os.close(descriptor)
         remove(self._temporary)  # gone already when it was admitted; a moment's work otherwise
+
+
+async def _whole(work: Coroutine[Any, Any, T], undo: Callable[[T], object] = lambda _: None) -> T:
+    """The result of `work`, to whose end even a cancelled caller waits: a descriptor that is closed under a thread
+    would soon be another file's. What a cancelled caller cannot take is undone.
+    """
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled() and task.exception() is None:
+            undo(task.result())
+        raise
 
 
 def parse_digest(digest: str) -> str:

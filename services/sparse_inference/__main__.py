@@ -26,12 +26,16 @@ from services.sparse_inference.server import SERVICE, SparseInferenceServer
 from services.sparse_inference.settings import WorkerSettings
 from services.sparse_inference.worker import Worker
 
+LEAVE_S = 2.0
+"""After the last call: how long the step thread may end, and the blocks on their way to the cache may arrive."""
+
 
 async def main() -> None:
     settings = read(WorkerSettings)
     member = Member("sparse-inference", settings, [SERVICE])
     try:
-        variant = await asyncio.to_thread(variants.load, settings.model_dir, "float32-reference")
+        limit = settings.max_weights_mib << 20
+        variant = await asyncio.to_thread(variants.load, settings.model_dir, "float32-reference", limit)
     except CheckpointError as error:
         print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -55,6 +59,8 @@ async def main() -> None:
 
     member.before_drain(leave)
     await member.run()
+    await worker.ended(LEAVE_S)
+    await prefixes.flush(LEAVE_S)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

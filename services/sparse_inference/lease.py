@@ -21,6 +21,7 @@ log = logging.getLogger("autoglm.lease")
 FIRST_INTERVAL_S = 0.2
 BACKOFF_S = (0.1, 2.0)
 PREFIXES_PER_REPORT = 4096
+SHORTEST_INTERVAL_S = 0.01
 
 
 class Lease:
@@ -48,11 +49,13 @@ class Lease:
             try:
                 async with contextlib.aclosing(self._client.hold(self._reports())) as intervals:  # type: ignore[type-var]
                     async for interval in intervals:
-                        self._interval_s = interval
+                        self._interval_s = max(interval, SHORTEST_INTERVAL_S)
                         pause = BACKOFF_S[0]
                 log.info("the scheduler ended the lease")
             except ServiceError as error:
                 log.info("no lease", extra={"facts": {"reason": error.message, "again_in_s": round(pause, 2)}})
+            except Exception:  # a bug, but a worker without a lease gets no requests: try again
+                log.exception("the lease failed")
             await asyncio.sleep(pause * (0.5 + self._jitter()))
             pause = min(pause * 2, BACKOFF_S[1])
 
@@ -68,10 +71,13 @@ class Lease:
         reset = True
         while True:
             yield load_report(self._worker.load())
-            added, removed = self._store.changes(PREFIXES_PER_REPORT)
-            if added or removed or reset:
-                yield prefix_report(added, removed, reset)
-                reset = False
+            while True:
+                added, removed = self._store.changes(PREFIXES_PER_REPORT)
+                if added or removed or reset:
+                    yield prefix_report(added, removed, reset)
+                    reset = False
+                if max(len(added), len(removed)) < PREFIXES_PER_REPORT:
+                    break
             if self._drain.is_set():
                 yield drain_notice()
                 self._told.set()

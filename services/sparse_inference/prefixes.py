@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ tracer = trace.get_tracer("autoglm.sparse_inference")
 
 BLOCKS = Counter("autoglm_prefix_blocks_total", "Prompt blocks by where their keys and values came from", ["source"])
 PUBLISHED = Counter("autoglm_published_blocks_total", "Blocks handed to the cache service, by outcome", ["outcome"])
+
+PUBLISH_BATCH = 64
+PUBLISH_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +127,33 @@ class Prefixes:
     async def publish(self) -> None:
         """Runs for ever: moves queued blocks to the cache service in batches of one scope."""
         while True:
-            scope, name, payload = await self._queue.get()
-            batch = [StoredBlock(name, payload, block_checksum(scope.key, name, payload))]
-            while len(batch) < 64 and not self._queue.empty():
-                other, name, payload = self._queue.get_nowait()
-                if other != scope:
-                    await self._put(scope, batch)
-                    scope, batch = other, []
-                batch.append(StoredBlock(name, payload, block_checksum(scope.key, name, payload)))
-            await self._put(scope, batch)
+            waiting = [await self._queue.get()]
+            while len(waiting) < PUBLISH_BATCH and not self._queue.empty():
+                waiting.append(self._queue.get_nowait())
+            try:
+                for scope, group in itertools.groupby(waiting, lambda each: each[0]):
+                    await self._put(scope, [(name, payload) for _, name, payload in group])
+            finally:
+                for _ in waiting:
+                    self._queue.task_done()
 
-    async def _put(self, scope: Scope, batch: list[StoredBlock]) -> None:
+    async def flush(self, timeout_s: float) -> None:
+        """While `publish` still runs: waits until the queue is empty; what remains then is dropped, counted."""
         try:
-            async with asyncio.timeout(5):
+            await asyncio.wait_for(self._queue.join(), timeout_s)
+        except TimeoutError:
+            PUBLISHED.labels("dropped").inc(self._queue.qsize())
+            telemetry.fallback("publish_unfinished", blocks=self._queue.qsize(), timeout_s=timeout_s)
+
+    async def _put(self, scope: Scope, blocks: Sequence[tuple[bytes, bytes]]) -> None:
+        batch = [StoredBlock(name, payload, block_checksum(scope.key, name, payload)) for name, payload in blocks]
+        try:
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
                 stored = await self._remote.put(scope, batch)
             PUBLISHED.labels("stored").inc(stored)
             PUBLISHED.labels("present").inc(len(batch) - stored)
-        except (ServiceError, TimeoutError) as error:
+        except Exception as error:
+            if not isinstance(error, ServiceError | TimeoutError):  # a bug, but publishing must survive it
+                log.exception("blocks could not be published")
             PUBLISHED.labels("failed").inc(len(batch))
             telemetry.fallback("cache_put_failed", reason=type(error).__name__, blocks=len(batch))

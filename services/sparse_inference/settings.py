@@ -17,6 +17,7 @@ class WorkerSettings(ServiceSettings):
     model_dir: Path = Field(Path("models/glm-tiny"), description="checkpoint in the Hugging Face layout")
     labels: str = Field("version=v1", max_length=1024, description="k=v,k2=v2 as the pod's labels would be")
     advertise: str = Field("", max_length=64, description="ip:port Envoy reaches the worker by; empty: bind and port")
+    max_weights_mib: int = Field(65_536, ge=1, le=1 << 30, description="float32 weights in memory; larger is refused")
     max_running: int = Field(16, ge=1, le=1024, description="requests computed at once")
     max_waiting: int = Field(64, ge=0, le=65_536, description="requests queued; further ones are refused")
     kv_capacity_mib: int = Field(256, ge=1, le=1 << 20, description="key-value memory of running requests")

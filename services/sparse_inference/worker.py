@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
 from engine.checkpoints.variant import Variant
@@ -14,11 +15,13 @@ from engine.prefix import block_hashes
 from engine.runtime.loop import Closed, Load, Loop, QueueFull
 from engine.runtime.sequences import Event, Failure, Finished, Request, Tokens
 from services.chassis import deadlines
-from services.chassis.errors import Internal, InvalidRequest, OutOfTime, TooBusy, Unavailable
+from services.chassis.errors import Internal, InvalidRequest, OutOfTime, ServiceError, TooBusy, Unavailable
 from services.sparse_inference.prefixes import Prefixes, Scope
 from services.sparse_inference.settings import WorkerSettings
 
 RETRY_AFTER_S = 1.0
+MAX_MERGED_EVENTS = 4096
+"""What waits for a slow reader is sent in pieces of at most this many tokens, the proto's bound of a chunk."""
 
 
 class Worker:
@@ -29,7 +32,10 @@ class Worker:
         self._prefixes = prefixes
         self._events = asyncio.get_running_loop()
         config = variant.weights.config
-        self.context_tokens = config.max_position_embeddings
+        self.context_tokens = min(
+            config.max_position_embeddings, settings.limits.kv_capacity_bytes // config.kv_bytes_per_token
+        )
+        self._arriving = 0
         self._loop = Loop(
             executor,
             config.kv_bytes_per_token,
@@ -47,6 +53,10 @@ class Worker:
         """Takes no new requests from here on; those at work go on."""
         self.draining = True
         self._loop.close()
+
+    async def ended(self, timeout_s: float) -> bool:
+        """After `drain`: waits until the step thread has ended. False when time ran out first."""
+        return await asyncio.to_thread(self._loop.join, timeout_s)
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for what only the model can know: vocabulary and context length."""
@@ -69,8 +79,6 @@ class Worker:
                 f"prompt ({length}) and max_tokens ({request.max_tokens}) exceed the context of {self.context_tokens}",
                 prompt_tokens=length, context_tokens=self.context_tokens,
             )  # fmt: skip
-        if (length + request.max_tokens) * config.kv_bytes_per_token > self.settings.limits.kv_capacity_bytes:
-            raise InvalidRequest("the request needs more key-value memory than this worker has")
 
     async def run(self, request: Request, tenant: str) -> AsyncIterator[Tokens | Finished]:
         """Yields tokens as they come, all that are ready at once, then one Finished. Closing it cancels the request.
@@ -81,10 +89,9 @@ class Worker:
         if self.draining:
             raise Unavailable("the worker is draining")
         left = deadlines.remaining_s()
+        deadline = None if left is None else time.monotonic() + left
         scope = Scope(self.variant.digest, tenant, self.executor.block_tokens)
-        blocks: Sequence[bytes] = ()
-        if request.score_from is None:
-            blocks = await self._prefixes.find(scope, request.token_ids)
+        blocks = await self._blocks(scope, request)
         queue: asyncio.Queue[Event] = asyncio.Queue()  # bounded by max_tokens: one event per token at most
 
         def listen(event: Event) -> None:
@@ -103,47 +110,73 @@ class Worker:
             prefix_blocks=blocks,
             block_names=names if request.score_from is None else None,
             on_block=keep,
-            deadline=None if left is None else time.monotonic() + left,
+            deadline=deadline,
         )
-        try:
+        with _refusals():
             running = self._loop.submit(prepared, listen)
-        except QueueFull as error:
-            raise TooBusy(str(error), retry_after_s=RETRY_AFTER_S) from None
-        except Closed as error:
-            raise Unavailable(str(error)) from None
+        del blocks, prepared  # the payloads belong to the loop, which lets go of them when it begins
         try:
             while True:
                 for event in _merge(await _ready(queue)):
+                    if isinstance(event, Failure):
+                        raise _ERRORS[event](event.value)
                     yield event
                     if isinstance(event, Finished):
                         return
         finally:
             self._loop.cancel(running)
 
+    async def _blocks(self, scope: Scope, request: Request) -> Sequence[bytes]:
+        """Known leading blocks. Nothing is fetched for a request that would find no place afterwards."""
+        with _refusals():
+            self._loop.check_room(self._arriving)
+        if request.score_from is not None:
+            return ()
+        self._arriving += 1
+        try:
+            return await self._prefixes.find(scope, request.token_ids)
+        finally:
+            self._arriving -= 1
+
+
+_ERRORS: dict[Failure, type[ServiceError]] = {
+    Failure.EXPIRED: OutOfTime,
+    Failure.CANCELLED: OutOfTime,
+    Failure.INTERNAL: Internal,
+}
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except QueueFull as error:
+        raise TooBusy(str(error), retry_after_s=RETRY_AFTER_S) from None
+    except Closed as error:
+        raise Unavailable(str(error)) from None
+
 
 async def _ready(queue: asyncio.Queue[Event]) -> list[Event]:
-    """Waits for one event and takes all that are there."""
+    """Waits for one event and takes all that are there, within the bound."""
     events = [await queue.get()]
-    while not queue.empty():
+    while not queue.empty() and len(events) < MAX_MERGED_EVENTS:
         events.append(queue.get_nowait())
     return events
 
 
-def _merge(events: list[Event]) -> list[Tokens | Finished]:
-    """Joins neighbouring Tokens into one; raises for a Failure after what came before it was kept."""
-    merged: list[Tokens | Finished] = []
-    for event in events:
-        if isinstance(event, Failure):
-            raise {
-                Failure.EXPIRED: OutOfTime(event.value),
-                Failure.CANCELLED: OutOfTime(event.value),
-                Failure.INTERNAL: Internal(event.value),
-            }[event]
-        last = merged[-1] if merged else None
-        if isinstance(event, Tokens) and isinstance(last, Tokens):
-            merged[-1] = replace(
-                event, token_ids=last.token_ids + event.token_ids, logprobs=last.logprobs + event.logprobs
+def _merge(events: list[Event]) -> list[Event]:
+    """Joins neighbouring Tokens into one."""
+    merged: list[Event] = []
+    for key, group in itertools.groupby(events, lambda event: isinstance(event, Tokens)):
+        if not key:
+            merged += group
+            continue
+        tokens = [event for event in group if isinstance(event, Tokens)]
+        merged.append(
+            replace(
+                tokens[-1],
+                token_ids=tuple(itertools.chain.from_iterable(each.token_ids for each in tokens)),
+                logprobs=tuple(itertools.chain.from_iterable(each.logprobs for each in tokens)),
             )
-        else:
-            merged.append(event)
+        )
     return merged

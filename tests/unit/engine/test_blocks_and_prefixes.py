@@ -55,3 +55,13 @@ def test_leading_stops_at_the_first_gap() -> None:
         store.put(name, name * 3)
     assert store.leading([b"a", b"b", b"c", b"d"]) == [b"aaa", b"bbb"]
     assert store.put(b"x" * 3, bytes(101)) is False
+
+
+def test_a_prompt_loses_its_end_before_its_beginning() -> None:
+    """What stays of a prompt that was used is a prefix of it: a chain without its first block is of no use."""
+    store = BlockStore(3)
+    for name in (b"a", b"b", b"c"):
+        store.put(name, name)
+    assert len(store.leading([b"a", b"b", b"c"])) == 3
+    store.put(b"d", b"d")
+    assert store.leading([b"a", b"b", b"c"]) == [b"a", b"b"]
