@@ -60,7 +60,7 @@ class Connection:
     def options(self) -> list[tuple[str, str | int]]:
         """Channel options: quick reconnects, dead peers noticed, no retries but the mesh's own."""
         options: list[tuple[str, str | int]] = [
-            ("grpc.primary_user_agent", f"autoglm-python/{_version()}"),
+            ("grpc.primary_user_agent", f"autoglm-python/{version()}"),
             ("grpc.service_config_disable_resolution", 1),
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.min_reconnect_backoff_ms", 200),
@@ -97,6 +97,8 @@ def connection(
         if tls:
             raise InvalidRequestError(f"target {address} is plain text, but TLS was asked for: write https://")
         address = _host_and_port(address.removeprefix("http://"), 80)
+    elif ":" not in address and not tls:  # gRPC would quietly take port 443
+        raise InvalidRequestError(f"target {address!r}: give host:port, or https://{address} for TLS on port 443")
     bearer = token or environ.get("AUTOGLM_TOKEN")
     pairs = list((metadata or {}).items())
     if bearer:
@@ -144,7 +146,8 @@ def _is_loopback(target: str) -> bool:
         return False
 
 
-def _version() -> str:
+def version() -> str:
+    """The installed version of this package; "0" when it runs from a source tree."""
     try:
         return distributions.version("autoglm")
     except distributions.PackageNotFoundError:

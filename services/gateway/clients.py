@@ -7,6 +7,7 @@ a broken stream means: another attempt, or a typed error.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -20,11 +21,21 @@ from autoglm.tokenizer.v1 import tokenizer_pb2_grpc as tokenizer_rpc
 from autoglm.type.v1 import generation_pb2 as type_pb
 
 from services.chassis import telemetry
-from services.chassis.errors import Interrupted, OutOfTime, ServiceError, Unavailable, WrongVariant, from_rpc
+from services.chassis.errors import (
+    Internal,
+    Interrupted,
+    OutOfTime,
+    ServiceError,
+    Unavailable,
+    WrongVariant,
+    from_rpc,
+)
 from services.gateway.events import Reason
 from services.gateway.models import Model
 from services.gateway.requests import Message, Sampling
 from services.gateway.work import Decoded, Encoded, End, Part, Scored, Tokens, Work
+
+log = logging.getLogger("autoglm.gateway.clients")
 
 T = TypeVar("T")
 _Outgoing: TypeAlias = "asyncio.Queue[tokenizer_pb.DecodeStreamRequest | None]"
@@ -48,13 +59,13 @@ class Tokenizer:
     async def encode(self, model: str, text: str, parse_special_tokens: bool) -> Encoded:
         request = tokenizer_pb.EncodeRequest(model=model, text=text, add_special_tokens=True)
         request.parse_special_tokens = parse_special_tokens
-        answer = await _answer(self._stub.Encode(request, timeout=self._timeout_s))
+        answer = await _answer(self._stub.Encode(request, timeout=self._timeout_s), "tokenizer")
         return Encoded(tuple(answer.token_ids), answer.tokenizer_digest)
 
     async def render(self, model: str, messages: Sequence[Message]) -> Encoded:
         spoken = [tokenizer_pb.ChatMessage(role=said.role, content=said.content, name=said.name) for said in messages]
         request = tokenizer_pb.RenderChatRequest(model=model, messages=spoken, add_generation_prompt=True)
-        answer = await _answer(self._stub.RenderChat(request, timeout=self._timeout_s))
+        answer = await _answer(self._stub.RenderChat(request, timeout=self._timeout_s), "tokenizer")
         return Encoded(tuple(answer.token_ids), answer.tokenizer_digest)
 
     async def token_bytes(self, model: str, tokenizer_digest: str, token_ids: Sequence[int]) -> dict[int, bytes]:
@@ -64,7 +75,7 @@ class Tokenizer:
         if missing := [token_id for token_id in wanted if token_id not in known]:
             request = tokenizer_pb.DecodeRequest(model=model, token_ids=missing)
             request.keep_special_tokens = request.with_token_bytes = True
-            answer = await _answer(self._stub.Decode(request, timeout=self._timeout_s))
+            answer = await _answer(self._stub.Decode(request, timeout=self._timeout_s), "tokenizer")
             for token_id, content in zip(missing, answer.token_bytes, strict=True):
                 known[token_id] = self._bytes[tokenizer_digest, token_id] = content
             while len(self._bytes) > self._remembered:
@@ -73,7 +84,7 @@ class Tokenizer:
 
     async def ping(self, timeout_s: float) -> None:
         """Returns if a tokenizer answers in time."""
-        await _answer(self._stub.ListTokenizers(tokenizer_pb.ListTokenizersRequest(), timeout=timeout_s))
+        await _answer(self._stub.ListTokenizers(tokenizer_pb.ListTokenizersRequest(), timeout=timeout_s), "tokenizer")
 
     @asynccontextmanager
     async def decoder(self, model: str) -> AsyncIterator[Decoder]:
@@ -89,6 +100,7 @@ class Tokenizer:
             yield Decoder(model, outgoing, aiter(call))
         finally:
             call.cancel()
+            outgoing.put_nowait(None)  # else `requests` waits for ever, and asyncio complains when it is collected
 
 
 class Decoder:
@@ -126,7 +138,7 @@ class Decoder:
         except StopAsyncIteration:
             raise _interrupted(Unavailable("the tokenizer ended its stream early"), self._decoded) from None
         except grpc.aio.AioRpcError as error:
-            raise _interrupted(from_rpc(error), self._decoded) from error
+            raise _interrupted(_failure(error, "tokenizer"), self._decoded) from error
         self._decoded += len(answer.token_bytes)
         return Decoded(answer.text, tuple(answer.token_bytes))
 
@@ -141,7 +153,7 @@ class Workers:
     async def describe(self, timeout_s: float | None = None) -> Model:
         """The model, as the worker that the mesh picks describes it."""
         request = worker_pb.GetModelInfoRequest()
-        info = await _answer(self._stub.GetModelInfo(request, timeout=timeout_s or self._timeout_s))
+        info = await _answer(self._stub.GetModelInfo(request, timeout=timeout_s or self._timeout_s), "worker")
         return Model(info.model, info.variant_digest, info.tokenizer_digest, info.context_tokens, info.parameters)
 
     async def generate(self, work: Work) -> AsyncGenerator[Part, None]:
@@ -188,7 +200,7 @@ class Workers:
                         return
             raise _Broken(Unavailable("the worker ended the stream without finishing it"), True)
         except grpc.aio.AioRpcError as error:
-            raise _Broken(from_rpc(error), _is_retryable(error)) from error
+            raise _Broken(_failure(error, "worker"), _is_retryable(error)) from error
         finally:
             call.cancel()
 
@@ -203,8 +215,23 @@ class _Broken(Exception):
 
 def _is_retryable(error: grpc.aio.AioRpcError) -> bool:
     """Whether another worker may do better. INTERNAL is a bug, unless a proxy or its picker says it for a worker."""
+    return error.code() in _RETRYABLE or (error.code() in _RETRYABLE_FROM_PROXY and not _is_ours(error))
+
+
+def _is_ours(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a service of the mesh chose this status and its words, rather than a proxy or gRPC itself."""
     trailers: dict[str, object] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]  # pairs at run time
-    return error.code() in _RETRYABLE or (error.code() in _RETRYABLE_FROM_PROXY and "autoglm-reason" not in trailers)
+    return "autoglm-reason" in trailers
+
+
+def _failure(error: grpc.aio.AioRpcError, peer: str) -> ServiceError:
+    """What a failed call means. Words that no service chose may name addresses: they go to the log, not to callers."""
+    failure = from_rpc(error)
+    if _is_ours(error) or not isinstance(failure, Unavailable | Internal):
+        return failure
+    code = error.code().name
+    log.warning("a peer failed", extra={"facts": {"peer": peer, "code": code, "details": error.details()}})
+    return type(failure)(f"the {peer} did not answer ({code})", code=code)
 
 
 def _interrupted(error: ServiceError, received: int) -> ServiceError:
@@ -217,11 +244,11 @@ def _interrupted(error: ServiceError, received: int) -> ServiceError:
     return Interrupted(f"the stream broke after {received} tokens: {error.message}", tokens=received, cause=cause)
 
 
-async def _answer(call: Awaitable[T]) -> T:
+async def _answer(call: Awaitable[T], peer: str) -> T:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        raise from_rpc(error) from error
+        raise _failure(error, peer) from error
 
 
 def _scored(entry: worker_pb.PositionLogprobs) -> Scored:

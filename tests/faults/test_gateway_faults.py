@@ -15,6 +15,8 @@ import pytest
 import pytest_asyncio
 from autoglm.gateway.v1 import gateway_pb2 as pb
 
+from services.chassis.errors import Unavailable
+from services.gateway.clients import Tokenizer
 from tests.fakes.gateway_peers import (
     HANDED_OVER,
     MODEL,
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 TEXT: dict[str, Any] = {"model": MODEL, "prompt": "hi"}
 UNAVAILABLE, INTERNAL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL
 OURS = (("autoglm-reason", "INTERNAL"),)
+SCRIPTED = "the fake worker fails"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -301,6 +304,31 @@ async def test_without_peers_the_gateway_says_so_quickly() -> None:
             assert (await rest.get("/v1/models")).status_code == 503
         _, error = await ask(gateway)
         assert error is not None and error.code() is UNAVAILABLE
+        told = {answer.json()["error"]["message"], error.details()}
+        assert told == {"the worker did not answer (UNAVAILABLE)"}
+        assert "127.0.0.1:1" in gateway.service.wait_for("a peer failed")["details"]
+
+
+async def test_words_of_a_proxy_stay_inside(rest: httpx.AsyncClient, peers: Peers) -> None:
+    """What Envoy or gRPC say of a lost worker may name addresses: callers never read it, before or after a token."""
+    for sent in ("", "Hello"):
+        peers.scripts = [breaks(sent, UNAVAILABLE)]
+        answer = await rest.post("/v1/completions", json=TEXT)
+        assert "the worker did not answer (UNAVAILABLE)" in answer.json()["error"]["message"]
+        assert SCRIPTED not in answer.text
+
+
+async def test_a_broken_decoder_leaves_no_task_behind(peers: Peers) -> None:
+    """A decoding stream that ended by itself stops waiting for more ids to send."""
+    peers.decodes_before_failure = 0
+    async with grpc.aio.insecure_channel(peers.address) as channel:
+        async with Tokenizer(channel, 5, 16).decoder(MODEL) as decoder:
+            with pytest.raises(Unavailable):
+                await decoder.decode([[104]])
+            senders = [task for task in asyncio.all_tasks() if "_consume_request_iterator" in repr(task)]
+        assert senders
+        _, waiting = await asyncio.wait(senders, timeout=5)
+    assert not waiting
 
 
 async def test_a_drain_lets_running_streams_finish(peers: Peers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata as distributions
 from typing import Any
 
 import pytest
@@ -69,6 +71,7 @@ class Terminal:
     def __init__(self) -> None:
         self.master, self.slave = pty.openpty()
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside the prompt's "›"
         self._news = asyncio.Event()
 
     async def start(self, gateway: FakeGateway, *arguments: str) -> asyncio.subprocess.Process:
@@ -102,7 +105,7 @@ class Terminal:
 
     def _read(self) -> None:
         try:
-            self.seen += os.read(self.master, 65536).decode(errors="replace")
+            self.seen += self._decoder.decode(os.read(self.master, 65536))
         except OSError:  # the other side has gone
             asyncio.get_running_loop().remove_reader(self.master)
         self._news.set()
@@ -355,6 +358,29 @@ async def test_ctrl_c_in_a_chat_ends_the_answer_not_the_program(gateway: FakeGat
     terminal.type("/quit\n")
     assert await process.wait() == 0
     assert "Traceback" not in terminal.plain
+
+
+async def test_a_chat_that_is_refused_recalls_its_commands(gateway: FakeGateway, terminal: Terminal) -> None:
+    """A talk that has outgrown the context is refused for ever: a person is told of /reset, which helps."""
+    process = await terminal.start(gateway, "chat")
+    await terminal.at_prompt()
+    terminal.type("one\n")
+    await terminal.until("tokens · ")
+    await terminal.at_prompt()
+    gateway.script(chassis.InvalidRequest("the prompt is too long"))
+    told = len(terminal.plain)
+    terminal.type("two\n")
+    await terminal.until("the prompt is too long")
+    await terminal.at_prompt()
+    assert "/reset starts over" in terminal.plain[told:]
+    terminal.type("/quit\n")
+    assert await process.wait() == 0
+
+
+async def test_the_version_is_told(gateway: FakeGateway) -> None:
+    """`--version` says it and asks nobody."""
+    ended = await autoglm(gateway, "--version")
+    assert (ended.code, ended.out) == (0, f"{distributions.version('autoglm')}\n") and gateway.requests == []
 
 
 async def test_ctrl_c_and_ctrl_d_at_the_chat_prompt(gateway: FakeGateway, terminal: Terminal) -> None:

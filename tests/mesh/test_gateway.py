@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -286,6 +287,7 @@ async def test_the_event_stream_on_the_wire(rest: httpx.AsyncClient, peers: Peer
         ("GET", "/v1/completions", {}, 405),
         ("GET", "/v1/nothing", {}, 404),
         ("GET", "/v1/models/none", {}, 404),
+        ("GET", "/v1/models/", {}, 404),
     ],
 )
 async def test_every_refusal_has_the_same_shape(
@@ -297,6 +299,40 @@ async def test_every_refusal_has_the_same_shape(
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     assert peers.calls == []
+
+
+async def test_a_compressed_body_is_told_from_a_broken_one(rest: httpx.AsyncClient, peers: Peers) -> None:
+    """gzip is refused as gzip, not as bad JSON; `identity` is no encoding at all."""
+    raw = json.dumps(TEXT).encode()
+    headers = {"content-type": "application/json"}
+    answer = await rest.post(
+        "/v1/completions", content=gzip.compress(raw), headers=headers | {"content-encoding": "gzip"}
+    )
+    assert answer.status_code == 415 and answer.json()["error"]["code"] == "unsupported_content_encoding"
+    assert "gzip" in answer.json()["error"]["message"] and peers.calls == []
+    answer = await rest.post("/v1/completions", content=raw, headers=headers | {"content-encoding": "identity"})
+    assert answer.status_code == 200
+
+
+async def test_no_model_is_not_a_model(rest: httpx.AsyncClient, peers: Peers) -> None:
+    """A trailing slash is an unknown path, not a model without a name."""
+    assert (await rest.get("/v1/models/")).json()["error"]["code"] == "unknown_path"
+
+
+async def test_refusals_are_counted(rest: httpx.AsyncClient, peers: Peers) -> None:
+    """Every REST answer is on the metrics page, those refused before any work too, by status and never by caller."""
+
+    async def count(status: int) -> float:
+        line = f'autoglm_gateway_rest_responses_total{{path="/v1/completions",status="{status}"}} '
+        page = (await rest.get("/metrics")).text
+        return next((float(row.removeprefix(line)) for row in page.splitlines() if row.startswith(line)), 0.0)
+
+    before = [await count(status) for status in (200, 400)]
+    await rest.post("/v1/completions", json=TEXT)
+    await rest.post("/v1/completions", json=TEXT | {"temperature": -1})
+    await rest.post("/v1/completions?caller=someone", content="{", headers={"content-type": "application/json"})
+    assert [await count(status) for status in (200, 400)] == [before[0] + 1, before[1] + 2]
+    assert "someone" not in (await rest.get("/metrics")).text
 
 
 async def test_a_body_without_a_length_is_bounded_too(rest: httpx.AsyncClient, peers: Peers) -> None:

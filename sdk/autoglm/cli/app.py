@@ -24,6 +24,7 @@ from autoglm.cli import options as opt
 from autoglm.cli import status as statuses
 from autoglm.cli.answers import show
 from autoglm.cli.output import Output, ReaderGone
+from autoglm.connection import version
 
 EXIT_CODES = """Exit codes: 0 ok · 1 a bug on the other side · 2 wrong usage · 3 unavailable, too busy or out of time ·
 4 request refused · 5 the answer broke off · 130 Ctrl-C · 141 the reader of the output went away."""
@@ -67,6 +68,21 @@ def exit_code(error: AutoglmError) -> int:
     if isinstance(error, UnavailableError | TooBusyError | DeadlineError):
         return UNAVAILABLE
     return 1
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        Output(as_json=False).write(f"{version()}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Talk to Open-AutoGLM Mesh."""
 
 
 @app.command(epilog=EXIT_CODES)

@@ -33,6 +33,9 @@ class Conversation:
         """Remembers one exchange."""
         self._turns += [Message("user", question), Message("assistant", answer)]
 
+    def __bool__(self) -> bool:
+        return bool(self._turns)
+
     def reset(self) -> None:
         """Forgets all exchanges; the system message stays."""
         self._turns.clear()
@@ -80,6 +83,8 @@ def _turn(client: Client, output: Output, conversation: Conversation, text: str,
         if not output.is_person:
             raise
         output.failure(error)
+        if conversation and isinstance(error, InvalidRequestError):  # most likely the talk has outgrown the context
+            output.note(HELP)
         return
     conversation.add(text, stream.choices[0].text if stream.choices else "")
 

@@ -28,7 +28,9 @@ def build(gateway: Gateway, new_id: Callable[[], str], now: Callable[[], float])
         return _json(200, {"object": "list", "data": cards})
 
     async def model(request: Request) -> Response:
-        return _json(200, model_card(await gateway.catalogue.get(request.path_params["name"])))
+        if not (name := request.path_params["name"]):
+            raise HTTPException(404)  # /v1/models/ names no model
+        return _json(200, model_card(await gateway.catalogue.get(name)))
 
     async def live(_: Request) -> Response:
         return _json(200, {"status": "ok"})

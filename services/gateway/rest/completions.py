@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from prometheus_client import Counter
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -25,6 +26,12 @@ from services.gateway.rest.schemas import ChatBody, CompletionBody
 
 READER_GRACE_S = 1.0
 """A client that stops reading is cut this long after its deadline."""
+
+RESPONSES = Counter(
+    "autoglm_gateway_rest_responses_total",
+    "REST completions by path and HTTP status; 499 when the client went before there was one",
+    ["path", "status"],
+)
 
 _TRACER = trace.get_tracer("autoglm.gateway")  # a proxy until telemetry starts
 
@@ -60,6 +67,7 @@ class Completions:
                 await _fail(reply, failure, span)
             if reply.status is not None:
                 span.set_attribute("http.response.status_code", reply.status)
+            RESPONSES.labels(request.url.path, reply.status or 499).inc()  # the route matched: there are two paths
 
     async def _serve(self, body: ChatBody | CompletionBody, request_id: str, reply: Reply) -> None:
         wanted = body.request()

@@ -22,6 +22,11 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"the body must be application/json, not {kind[:64]}", code="unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(
+            415, f"the body must be sent as it is, not {coding[:64]}-encoded", code="unsupported_content_encoding"
+        )
     too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:

@@ -153,7 +153,7 @@ class TextRenderer(Renderer):
         return {
             "tokens": [_spelled(token.content) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{_spelled(other.content): other.logprob for other in token.top} for token in tokens],
+            "top_logprobs": [_top(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 
@@ -182,6 +182,12 @@ def model_card(model: Model) -> Json:
 def _entry(token: TokenText | Alternative) -> Json:
     text = token.content.decode(errors="replace")
     return {"token": text, "logprob": token.logprob, "bytes": list(token.content)}
+
+
+def _top(token: TokenText) -> Json:
+    """The alternatives, best first; the older API always names the chosen token too, however unlikely it was."""
+    top = {_spelled(other.content): other.logprob for other in token.top}
+    return {**top, _spelled(token.content): token.logprob}
 
 
 def _spelled(content: bytes) -> str:

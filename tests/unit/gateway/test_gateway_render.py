@@ -78,8 +78,21 @@ def test_completion_logprobs_have_four_lists() -> None:
     scores = TextRenderer("req-1", "m", 1, scored=True, include_usage=False).whole(EVENTS)["choices"][0]["logprobs"]
     assert scores["tokens"] == ["bytes:\\xc3", "bytes:\\xb6\\x0a"]
     assert scores["token_logprobs"] == [-0.5, -0.1]
-    assert scores["top_logprobs"] == [{"bytes:\\xc3": -0.5, "x": -1.5}, {}]
+    assert scores["top_logprobs"] == [{"bytes:\\xc3": -0.5, "x": -1.5}, {"bytes:\\xb6\\x0a": -0.1}]
     assert scores["text_offset"] == [0, 0]
+
+
+def test_completion_alternatives_name_the_chosen_token() -> None:
+    """The older shape always has the chosen token among the alternatives, in its place or after them."""
+    drawn = TokenText(9, b"z", -4.0, (Alternative(5, b"a", -0.5), Alternative(6, b"b", -1.5)))
+    likely = TokenText(5, b"a", -0.5, (Alternative(5, b"a", -0.5), Alternative(6, b"b", -1.5)))
+    renderer = TextRenderer("req-1", "m", 1, scored=True, include_usage=False)
+    (chunk,) = renderer.chunks(Delta(DIGEST, 0, "za", (drawn, likely)))
+    top = chunk["choices"][0]["logprobs"]["top_logprobs"]
+    assert [list(each.items()) for each in top] == [
+        [("a", -0.5), ("b", -1.5), ("z", -4.0)],
+        [("a", -0.5), ("b", -1.5)],
+    ]
 
 
 def test_an_event_is_one_line_of_data() -> None:

@@ -30,6 +30,7 @@ def test_argument_before_environment_before_default() -> None:
         ("https://mesh.example:8443/", "mesh.example:8443", True),
         ("http://127.0.0.1:8080", "127.0.0.1:8080", False),
         ("http://[::1]", "[::1]:80", False),
+        ("http://mesh.example", "mesh.example:80", False),
         ("dns:///mesh:80", "dns:///mesh:80", False),
         ("unix:/run/mesh.sock", "unix:/run/mesh.sock", False),
     ],
@@ -46,6 +47,7 @@ def test_urls_are_accepted(target: str, address: str, has_tls: bool) -> None:
         {"target": "http://a", "tls": True},
         {"target": "https://a/path"},
         {"target": "https://"},
+        {"target": "mesh.example"},
         {"timeout": 0.0},
         {"timeout": -1.0},
         {"timeout": math.nan},
@@ -63,6 +65,13 @@ def test_mistakes_are_refused(arguments: dict[str, Any]) -> None:
     """Contradictions and what gRPC would choke on fail at construction."""
     with pytest.raises(InvalidRequestError):
         settings(**arguments)
+
+
+def test_a_host_without_a_port_is_asked_for_one() -> None:
+    """gRPC would try port 443 in plain text, where nobody can answer; with TLS that port is what is meant."""
+    with pytest.raises(InvalidRequestError, match="give host:port"):
+        settings("mesh.example")
+    assert settings("mesh.example", tls=True).target == "mesh.example"
 
 
 def test_secrets_stay_out_of_representations() -> None:
