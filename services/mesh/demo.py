@@ -22,10 +22,10 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from services.mesh.spans import Span, Tree, build
 
-PROMPT = "Write {lines} lines of Python that count the words in a text file."
+PROMPT = "Write a Python function `close_{number}`. Close the file and release the lock."
 MAX_TOKENS = 64
 SEED = 7
-TEMPERATURE = 0.7
+TEMPERATURE = 0.4
 TRACE_WAIT_S = 10.0
 SETTLED_S = 0.45
 """Two export intervals without news: leaves that nobody misses have come by then."""
@@ -56,7 +56,7 @@ class Answer:
 
 def new_prompt() -> str:
     """A question nobody has asked: a worker that knows the prompt would not need to ask the cache."""
-    return PROMPT.format(lines=random.randrange(10, 10_000))
+    return PROMPT.format(number=random.randrange(10, 10_000))
 
 
 def ask(

@@ -85,7 +85,7 @@ def first_request(state: MeshState, model: str, expected: list[str], console: Co
 def next_steps(state: MeshState, model: str, console: Console) -> None:
     """Addresses and three things to try."""
     at = state.addresses
-    body = f'{{"model":"{model}","stream":true,"max_tokens":64,"messages":[{{"role":"user","content":"def main():"}}]}}'
+    body = f'{{"model":"{model}","stream":true,"max_tokens":64,"temperature":0.4,"prompt":"def read_lines(path):"}}'
     script = Path(sys.executable).with_name("autoglm")
     shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     command = f"{shown}" if script.exists() else "python -m autoglm.cli"
@@ -102,11 +102,11 @@ def next_steps(state: MeshState, model: str, console: Console) -> None:
     for line in lines:
         console.print(line, highlight=False)
     for line in (
-        f"  curl -N http://{at.ingress}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
+        f"  curl -N http://{at.ingress}/v1/completions -H 'content-type: application/json' -d '{body}'",
         f'  python -c \'from openai import OpenAI; c = OpenAI(base_url="http://{at.ingress}/v1", api_key="-"); '
-        f'print(c.chat.completions.create(model="{model}", max_tokens=64, '
-        'messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)\'',
-        f"  {elsewhere}{command} generate --chat 'Write a class for a stack.'",
+        f'print(c.completions.create(model="{model}", prompt="import os\\n", max_tokens=64, '
+        "temperature=0.4).choices[0].text)'",
+        f"  {elsewhere}{command} generate --temperature 0.4 'class Stack:'",
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print("\n  make status · make stop · edit istio/base/*.yaml: changes apply within a second\n", markup=False)

@@ -201,7 +201,7 @@ def test_decisions_of_a_real_run_replay_and_hold_no_prompt(mesh: Mesh) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"identical +{decisions()}\n", done.stdout), done.stdout
-    assert b"count the words" not in log.read_bytes()
+    assert b"release the lock" not in log.read_bytes()
 
 
 def test_a_trace_is_whole_without_the_picker(mesh: Mesh) -> None:
