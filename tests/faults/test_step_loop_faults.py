@@ -16,6 +16,8 @@ from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Req
 from tests.fakes.counting_executor import BLOCK, CountingCache, CountingExecutor, next_token
 
 WAIT_S = 20
+ENDLESS = 1_000_000
+"""Tokens nobody waits for: the fake takes longer for each one, so such a stream never ends by itself."""
 GREEDY = Sampling(temperature=0)
 BAD = 200
 """A token after which the executor below gives NaN; it never generates it."""
@@ -60,7 +62,7 @@ def executor() -> PoisonedExecutor:
 
 @pytest.fixture
 def loop(executor: PoisonedExecutor) -> Iterator[Loop]:
-    loop = Loop(executor, 1, Limits(kv_capacity_bytes=10_000, step_rows=8))
+    loop = Loop(executor, 1, Limits(kv_capacity_bytes=10_000_000, step_rows=8))
     loop.start()
     yield loop
     loop.close()
@@ -81,7 +83,7 @@ def expected(prompt: list[int], count: int) -> list[int]:
 
 def mate_survives(loop: Loop, poison: dict[str, object], prompt: list[int]) -> None:
     """A stream that runs beside the poisoned request is undisturbed, and so is the one after it."""
-    mate, running = ask(loop, [1], 5000)
+    mate, running = ask(loop, [1], ENDLESS)
     assert isinstance(mate.events.get(timeout=WAIT_S), Tokens)
     ear, _ = ask(loop, prompt, 3, **poison)
     assert ear.all()[1] is Failure.INTERNAL
@@ -89,7 +91,7 @@ def mate_survives(loop: Loop, poison: dict[str, object], prompt: list[int]) -> N
     assert ask(loop, [2, 3], 4)[0].all()[0] == expected([2, 3], 4)
     loop.cancel(running)
     tokens, end = mate.all()
-    assert end is Failure.CANCELLED and tokens == expected([1], 5000)[1 : len(tokens) + 1]
+    assert end is Failure.CANCELLED and tokens == expected([1], len(tokens) + 1)[1:]
     assert (loop.load().running, loop.load().kv_used_bytes) == (0, 0)
 
 
@@ -167,7 +169,7 @@ def test_nothing_to_generate_gives_nothing(loop: Loop) -> None:
 
 def test_prefix_payloads_are_let_go_when_the_request_begins(loop: Loop) -> None:
     """While it runs, a prefix is in memory once: in the request's cache."""
-    ear, running = ask(loop, [1, 2, 3, 4, 5], 5000, prefix_blocks=[bytes([1, 2, 3, 4])])
+    ear, running = ask(loop, [1, 2, 3, 4, 5], ENDLESS, prefix_blocks=[bytes([1, 2, 3, 4])])
     first = ear.events.get(timeout=WAIT_S)
     assert isinstance(first, Tokens) and first.cached_tokens == BLOCK
     assert running.request.prefix_blocks == ()

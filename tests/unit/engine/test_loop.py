@@ -17,6 +17,8 @@ from tests.fakes.counting_executor import BLOCK, CountingExecutor, next_token
 
 GREEDY = Sampling(temperature=0)
 WAIT_S = 20
+ENDLESS = 1_000_000
+"""Tokens nobody waits for: the fake takes longer for each one, so such a stream never ends by itself."""
 
 
 class Ear:
@@ -54,7 +56,7 @@ def started() -> Iterator[list[Loop]]:
 
 
 def make(started: list[Loop], executor: CountingExecutor, **limits: int) -> Loop:
-    loop = Loop(executor, 1, Limits(**({"kv_capacity_bytes": 10_000} | limits)))
+    loop = Loop(executor, 1, Limits(**({"kv_capacity_bytes": 10_000_000} | limits)))
     loop.start()
     started.append(loop)
     return loop
@@ -132,7 +134,7 @@ def test_cancelling_frees_the_slot_before_the_next_step(started: list[Loop]) -> 
     """With one slot, a cancelled request gives way; at most the step under way is still computed for it."""
     executor = CountingExecutor()
     loop = make(started, executor, max_running=1)
-    ear, running = ask(loop, [1], 5000)
+    ear, running = ask(loop, [1], ENDLESS)
     assert isinstance(ear.events.get(timeout=WAIT_S), Tokens)
     loop.cancel(running)
     after, end = ask(loop, [2], 3)[0].all()
@@ -153,7 +155,7 @@ def test_a_full_queue_refuses_at_once(started: list[Loop]) -> None:
     with pytest.raises(QueueFull):
         ask(loop, [3], 2)
     with pytest.raises(QueueFull, match="memory"):
-        ask(loop, [3], 20_000)
+        ask(loop, [3], 20_000_000)
     gate.set()
     assert first.all()[0] == expected([1], 2) and second.all()[0] == expected([2], 2)
 
@@ -183,7 +185,7 @@ def test_a_long_prompt_does_not_stall_the_others(started: list[Loop]) -> None:
     """While 400 tokens are prefilled in steps of 8 rows, a decoding stream still gets a token each step."""
     executor = CountingExecutor()
     loop = make(started, executor, step_rows=8)
-    stream, running = ask(loop, [1], 5000)
+    stream, running = ask(loop, [1], ENDLESS)
     assert isinstance(stream.events.get(timeout=WAIT_S), Tokens)
     ask(loop, [2] * 400, 1)[0].all()
     loop.cancel(running)
