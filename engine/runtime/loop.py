@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engine.executors.interface import F32, Executor, Span, Wants
+from engine.runtime.constraints import ConstraintError
 from engine.runtime.pages import PagePool
 from engine.runtime.planning import Budget, Need, plan
 from engine.runtime.residency import Residency
@@ -298,6 +299,9 @@ class Loop:
         for (sequence, span, drafts), logits in zip(planned, results, strict=True):
             try:
                 self._advance(sequence, span, drafts, logits)
+            except ConstraintError as error:
+                log.warning("a constraint could not be followed: %s", error)
+                self._end(sequence, Failure.CONSTRAINT)
             except Exception:
                 log.exception("a token could not be made; its request ends")
                 self._end(sequence, Failure.INTERNAL)

@@ -79,6 +79,7 @@ class Failure(enum.Enum):
 
     EXPIRED = "the deadline passed before the work was done"
     CANCELLED = "the caller went away"
+    CONSTRAINT = "the answer's constraint needs more work for one token than is allowed; make it simpler"
     INTERNAL = "the step failed; the worker's log has the details"
 
 

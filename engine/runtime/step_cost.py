@@ -1,31 +1,36 @@
 """How long a step will take, learnt from the steps before it: time ≈ base + per_decode · decode + per_prefill · prefill.
 
 The loop feeds it measured times and asks it before each step how much prefill and how many draft tokens fit. It reads
-no clock. Three numbers are fitted by recursive least squares with forgetting (Ljung, System Identification, §11.2), so
-the estimate follows longer contexts and busier machines; a single slow step (the machine was elsewhere) is clipped.
+no clock. Three numbers that are not negative are fitted by least squares over the last steps, older ones counting
+exponentially less, so the estimate follows longer contexts and busier machines. A step that took much longer than
+expected (the machine was elsewhere) counts only in part, unless it had more rows than any before it.
 """
 
 from __future__ import annotations
 
 FORGETTING = 0.97
+"""Weight of a step against the one after it: about 33 steps count."""
 SCALES = (1.0, 1.0 / 8, 1.0 / 64)
 """Brings the three inputs (1, rows, rows) to about the same size."""
 PRIOR = (0.010, 0.002, 0.020)
-"""Seconds in scaled units before anything was measured; the first few steps replace them."""
-WIDEST = 1e3
-"""Bound of the covariance: without news in one direction its uncertainty would grow for ever."""
-OUTLIER = 4.0
+"""Seconds in scaled units as long as nothing was measured: some 0.3 ms for a row of prefill."""
+PRIOR_WEIGHT = 0.01
+"""Of the guess above, in steps."""
+OUTLIER = 3.0
+"""A step counts as this many times the expected time at most."""
+SWEEPS = 6
 LEAST_S = 1e-7
 
 
 class StepCost:
-    """The running estimate. Pure arithmetic, a few microseconds per call."""
+    """The running estimate. Pure arithmetic, some ten microseconds per step."""
 
     def __init__(self) -> None:
         self._theta = list(PRIOR)
-        self._covariance = [[WIDEST if i == j else 0.0 for j in range(3)] for i in range(3)]
-        self._spread = 0.0
-        self.observations = 0
+        # Normal equations: products of inputs, and of inputs and times.
+        self._squares = [[0.0] * 3 for _ in range(3)]
+        self._times = [0.0] * 3
+        self._largest = [0.0, 0.0]
 
     @property
     def base_s(self) -> float:
@@ -48,24 +53,21 @@ class StepCost:
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
         """Learns from a step that took `seconds`."""
+        rows, largest = (decode_rows, prefill_rows), self._largest
+        if rows[0] <= largest[0] and rows[1] <= largest[1]:
+            seconds = min(seconds, OUTLIER * self.predict(decode_rows, prefill_rows))
+        for kind in (0, 1):
+            largest[kind] = max(rows[kind], FORGETTING * largest[kind])
         inputs = (SCALES[0], decode_rows * SCALES[1], prefill_rows * SCALES[2])
-        covariance, theta = self._covariance, self._theta
-        spreading = [sum(row[j] * inputs[j] for j in range(3)) for row in covariance]
-        divisor = FORGETTING + sum(inputs[j] * spreading[j] for j in range(3))
-        error = seconds - sum(inputs[j] * theta[j] for j in range(3))
-        self.observations += 1
-        if self.observations > 8:  # the first steps have nothing to be compared with
-            limit = OUTLIER * max(self._spread, 0.02 * seconds)
-            error = max(-limit, min(limit, error))
-        self._spread += (abs(error) - self._spread) * (0.3 if self.observations <= 8 else 0.05)
-        gain = [value / divisor for value in spreading]
+        squares, times, theta = self._squares, self._times, self._theta
         for i in range(3):
-            theta[i] += gain[i] * error
-        for i in range(3):
+            times[i] = FORGETTING * times[i] + inputs[i] * seconds
+            row = squares[i]
             for j in range(3):
-                covariance[i][j] = (covariance[i][j] - gain[i] * spreading[j]) / FORGETTING
-        largest = max(covariance[i][i] for i in range(3))
-        if largest > WIDEST:
-            shrink = WIDEST / largest
-            for row in covariance:
-                row[:] = [value * shrink for value in row]
+                row[j] = FORGETTING * row[j] + inputs[i] * inputs[j]
+        # Coordinate descent from the last estimate; with three unknowns a few sweeps per step are enough.
+        for _ in range(SWEEPS):
+            for i in range(3):
+                row = squares[i]
+                others = row[0] * theta[0] + row[1] * theta[1] + row[2] * theta[2] - row[i] * theta[i]
+                theta[i] = max(0.0, (times[i] + PRIOR_WEIGHT * PRIOR[i] - others) / (row[i] + PRIOR_WEIGHT))
