@@ -12,8 +12,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc as rpc
 
 from engine.checkpoints import variant as variants
-from engine.checkpoints.glm import CheckpointError
-from engine.executors.reference import ReferenceExecutor
+from engine.checkpoints.architecture import CheckpointError
+from engine.checkpoints.digest_cache import DigestCache, default_cache_directory
+from engine.executors.reference import ReferenceExecutor, page_bytes
 from engine.runtime.blocks import BlockStore
 from services.chassis.channels import connect
 from services.chassis.serving import Member
@@ -33,13 +34,19 @@ LEAVE_S = 2.0
 async def main() -> None:
     settings = read(WorkerSettings)
     member = Member("sparse-inference", settings, [SERVICE])
+    limit = settings.max_weights_mib << 20
+    remembered = (settings.cache_dir or default_cache_directory()) / "digests" if settings.remember_digests else None
+    digests = DigestCache(remembered)
     try:
-        limit = settings.max_weights_mib << 20
-        variant = await asyncio.to_thread(variants.load, settings.model_dir, "float32-reference", limit)
+        variant = await asyncio.to_thread(variants.load, settings.model_dir, "float32-reference", limit, digests)
+        pages = max(1, settings.limits.kv_capacity_bytes // page_bytes(variant.architecture))
+        executor = await asyncio.to_thread(
+            ReferenceExecutor, variant.checkpoint, pages, settings.limits.step_rows, limit
+        )
+        variant.check_unchanged()
     except CheckpointError as error:
         print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    executor = ReferenceExecutor(variant.weights)
     store = BlockStore(settings.prefix_store_mib << 20)
     cache, scheduler = connect(settings, "cache"), connect(settings, "scheduler")
     prefixes = Prefixes(store, CacheClient(cache), settings.cache_budget_ms / 1000, settings.publish_queue)

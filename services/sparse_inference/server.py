@@ -88,20 +88,20 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetModelInfoResponse:
         variant = self._worker.variant
-        config = variant.weights.config
+        arch = variant.architecture
         return pb.GetModelInfoResponse(
             model=self._settings.model_name,
             variant_digest=variant.digest,
             tokenizer_digest=variant.tokenizer_digest,
-            architecture="glm",
-            vocabulary_size=config.vocab_size,
+            architecture=arch.family,
+            vocabulary_size=arch.vocab_size,
             context_tokens=self._worker.context_tokens,
             block_tokens=self._worker.executor.block_tokens,
-            end_token_ids=config.end_token_ids,
+            end_token_ids=arch.end_token_ids,
             executor="reference",
-            parameters=variant.weights.parameters,
-            weight_bytes=variant.weights.resident_bytes,
-            kv_bytes_per_token=config.kv_bytes_per_token,
+            parameters=arch.parameters,
+            weight_bytes=self._worker.weight_bytes,
+            kv_bytes_per_token=self._worker.kv_bytes_per_token,
         )
 
     async def GetLoad(
@@ -156,7 +156,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
             logit_bias={entry.token_id: entry.bias for entry in given.logit_bias},
         )
         ids = list(request.token_ids)
-        ends = frozenset(self._worker.variant.weights.config.end_token_ids)
+        ends = frozenset(self._worker.variant.architecture.end_token_ids)
         return Request(
             token_ids=ids,
             max_tokens=request.max_tokens or max(1, self._worker.context_tokens - len(ids)),

@@ -31,14 +31,16 @@ class Worker:
         self.settings, self.variant, self.executor = settings, variant, executor
         self._prefixes = prefixes
         self._events = asyncio.get_running_loop()
-        config = variant.weights.config
+        self.kv_bytes_per_token = executor.page_bytes // executor.block_tokens
+        self.weight_bytes = 4 * variant.architecture.parameters
         self.context_tokens = min(
-            config.max_position_embeddings, settings.limits.kv_capacity_bytes // config.kv_bytes_per_token
+            variant.architecture.max_position_embeddings,
+            settings.limits.kv_capacity_bytes // executor.page_bytes * executor.block_tokens,
         )
         self._arriving = 0
         self._loop = Loop(
             executor,
-            config.kv_bytes_per_token,
+            self.kv_bytes_per_token,
             settings.limits,
         )
         self.draining = False
@@ -60,11 +62,11 @@ class Worker:
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for what only the model can know: vocabulary and context length."""
-        config = self.variant.weights.config
+        vocabulary = self.variant.architecture.vocab_size
         asked = [*request.sampling.logit_bias, *request.stop_token_ids]
         for name, ids in (("token_ids", request.token_ids), ("logit_bias or stop_token_ids", asked)):
-            if ids and (worst := max(ids)) >= config.vocab_size:
-                raise InvalidRequest(f"{name}: {worst} is no token of this model, which has {config.vocab_size}")
+            if ids and (worst := max(ids)) >= vocabulary:
+                raise InvalidRequest(f"{name}: {worst} is no token of this model, which has {vocabulary}")
         if request.resumed_tokens >= len(request.token_ids):
             raise InvalidRequest("resumed_tokens must be fewer than token_ids")
         length = len(request.token_ids)
