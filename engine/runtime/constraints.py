@@ -110,7 +110,9 @@ class Compiler:
         Raises ConstraintError.
         """
         if (size := len(constraint.text.encode())) > self._limits.max_bytes:
-            raise ConstraintError(f"the {constraint.kind} has {size} bytes, at most {self._limits.max_bytes} are allowed")
+            raise ConstraintError(
+                f"the {constraint.kind} has {size} bytes, at most {self._limits.max_bytes} are allowed"
+            )
         with self._lock:
             pristine = self._cache.get(constraint)
             if pristine is not None:

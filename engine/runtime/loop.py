@@ -114,7 +114,7 @@ class Loop:
         self._thread.start()
 
     def submit(self, request: Request, listener: Listener) -> Running:
-        """Queues a request. Raises TooLong, QueueFull or Closed. The listener hears Tokens, then Finished or Failure."""
+        """Queues a request; the listener hears Tokens, then Finished or Failure. Raises TooLong, QueueFull, Closed."""
         sequence = Running(request, listener)
         room = self._executor.page_count * self._executor.block_tokens
         if sequence.capacity_tokens > room:

@@ -1,4 +1,4 @@
-"""How long a step will take, learnt from the steps before it: time ≈ base + per_decode · decode + per_prefill · prefill.
+"""How long a step will take, learnt from those before it: time ≈ base + per_decode · decode + per_prefill · prefill.
 
 The loop feeds it measured times and asks it before each step how much prefill and how many draft tokens fit. It reads
 no clock. Three numbers that are not negative are fitted by least squares over the last steps, older ones counting

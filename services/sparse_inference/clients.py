@@ -74,7 +74,7 @@ def registration(settings: WorkerSettings, worker: Worker, endpoint: str) -> sch
             block_tokens=worker.executor.block_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
-            kv_capacity_bytes=settings.limits.kv_capacity_bytes,
+            kv_capacity_bytes=worker.kv_capacity_bytes,
             labels=settings.label_map,
             weight_bytes=worker.weight_bytes,
             kv_bytes_per_token=worker.kv_bytes_per_token,

@@ -67,13 +67,15 @@ def flat(tokens: list[Tokens]) -> tuple[list[int], list[object]]:
     return [token for each in tokens for token in each.token_ids], [score for each in tokens for score in each.logprobs]
 
 
-@pytest.mark.parametrize("follow", [repeats, sometimes, lambda value, _: value % VOCABULARY], ids=["repeat", "mix", "not"])
+@pytest.mark.parametrize(
+    "follow", [repeats, sometimes, lambda value, _: value % VOCABULARY], ids=["repeat", "mix", "not"]
+)
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "sampled"])
 def test_speculation_changes_no_token(sampling: Sampling, follow: Callable[[int, int], int]) -> None:
     """Tokens, log-probabilities, ends and counts are the same with and without drafts."""
     requests = [
-        Request([n, 1, 2, 3], 60, sampling, logprobs=True, top_logprobs=2, stop_token_ids=frozenset({8} if n == 2 else ()),
-                min_tokens=20 if n == 2 else 0)
+        Request([n, 1, 2, 3], 60, sampling, logprobs=True, top_logprobs=2, min_tokens=20 if n == 2 else 0,
+                stop_token_ids=frozenset({8} if n == 2 else ()))
         for n in range(4)
     ]  # fmt: skip
     plain, _, _ = run(requests, follow, Limits())

@@ -163,7 +163,7 @@ _REQUESTS = st.lists(
 def test_no_page_is_lost_whatever_is_asked(
     asked: list[tuple[int, int, int, bool, int]], step_rows: int, page_count: int, draft: int
 ) -> None:
-    """Random requests with common beginnings, some cancelled, in little memory: right tokens, and every page returns."""
+    """Random requests with common beginnings, some cancelled, in little memory: right tokens, all pages return."""
     executor = CountingExecutor(page_count=page_count)
     loop = start(executor, step_rows=step_rows, max_running=5, least_prefill_rows=2, max_draft=draft, draft_match=2)
     at_work = []

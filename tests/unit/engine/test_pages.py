@@ -58,4 +58,6 @@ def test_pages_are_counted_right_whatever_happens(operations: list[tuple[str, in
             added, removed = pool.changes(1000)
             reported = (reported | set(added)) - set(removed)
     added, removed = pool.changes(1000)
-    assert (reported | set(added)) - set(removed) == {bytes([n]) for n in range(12) if pool.page_of(bytes([n])) is not None}
+    assert (reported | set(added)) - set(removed) == {
+        bytes([n]) for n in range(12) if pool.page_of(bytes([n])) is not None
+    }

@@ -62,10 +62,15 @@ def test_some_prefill_always_goes() -> None:
     assert all(sum(each[n] for each in rows) >= 58 for n in range(64)), "those that must wait take turns"
 
 
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 8), st.booleans()), min_size=1, max_size=80), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 8), st.booleans()), min_size=1, max_size=80),
+    st.integers(0, 99),
+)
 def test_a_plan_keeps_its_bounds(asked: list[tuple[int, int, bool]], turn: int) -> None:
-    """Never more rows than a step or a sequence has, nor more logits than allowed beside one row each; never nothing."""
-    needs = [Need(pending, drafts if pending == 1 and not scoring else 0, scoring) for pending, drafts, scoring in asked]
+    """Never more rows than a step or a sequence has, nor more logits than allowed; never nothing."""
+    needs = [
+        Need(pending, drafts if pending == 1 and not scoring else 0, scoring) for pending, drafts, scoring in asked
+    ]
     rows = plan(needs, learnt(0.03, 0.001, 0.0004, steps=20), BUDGET, turn)
     assert 1 <= sum(rows) <= BUDGET.max_rows
     assert all(0 <= count <= need.pending + need.drafts for count, need in zip(rows, needs, strict=True))

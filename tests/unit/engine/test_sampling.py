@@ -72,7 +72,9 @@ def test_penalties_and_bias_move_the_choice() -> None:
     assert draw(scores, Sampling(frequency_penalty=0.06, **greedy), TokenCounts([], [0, 0]), 0) == 1
     assert draw(scores, Sampling(repetition_penalty=1.1, **greedy), TokenCounts([0], []), 0) == 1
     assert draw(scores, Sampling(logit_bias={2: 50.0}, **greedy), TokenCounts([], []), 0) == 2
-    assert draw(scores, Sampling(presence_penalty=0.2, **greedy), TokenCounts([0], []), 0) == 0, "the prompt is not output"
+    assert draw(scores, Sampling(presence_penalty=0.2, **greedy), TokenCounts([0], []), 0) == 0, (
+        "the prompt is not output"
+    )
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
