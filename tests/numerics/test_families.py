@@ -21,6 +21,7 @@ from engine.executors.reference import ReferenceExecutor
 from tests.fakes.checkpoints import Written, write_checkpoint
 
 GQA_7 = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}
+FATRELU = {"hidden_act": "fatrelu", "hidden_act_param": 0.1}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -41,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-one-layer-tied-f16": ("llama", {"num_hidden_layers": 1, "tie_word_embeddings": True, "dtype": "float16"}),
     "llama-multi-head": ("llama", {"num_key_value_heads": 6}),
     "llama-relu": ("llama", {"hidden_act": "relu"}),
-    "llama-fatrelu": ("llama", {"hidden_act": "fatrelu", "hidden_act_param": 0.3}),
+    "llama-fatrelu": ("llama", FATRELU),
     "llama-relu2": ("llama", {"hidden_act": "relu2"}),
     "llama-gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "llama-linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
@@ -57,7 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-gqa-7:1-one-layer": ("qwen3", GQA_7 | {"head_dim": 32, "num_hidden_layers": 1}),
     "minicpm": ("minicpm", {}),
     "minicpm-fatrelu-untied-bf16": (
-        "minicpm", {"hidden_act": "fatrelu", "hidden_act_param": 0.01, "tie_word_embeddings": False, "dtype": "bfloat16"},
+        "minicpm", FATRELU | {"tie_word_embeddings": False, "dtype": "bfloat16"},
     ),
     "minicpm-gqa-7:1-linear": ("minicpm", GQA_7 | {"rope_scaling": {"type": "linear", "factor": 2.0}}),
 }  # fmt: skip
@@ -115,7 +116,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
 
 
 def test_rows_are_parts_of_the_tensor(case: Case) -> None:
-    """What is read in pieces is what is read whole, halves of fused matrices too; sizes are as the architecture says."""
+    """What is read in pieces is what is read whole, halves of fused matrices too; and no weight is left out."""
     arch, checkpoint = case.checkpoint.architecture, case.checkpoint
     assert arch.parameters == sum(parameter.numel() for parameter in _parameters(case.written))
     layer = arch.num_hidden_layers - 1
