@@ -2,10 +2,11 @@
 with it.
 
 How it keeps the executor contract (bit-identical logits whatever the batch, the chunking or the pages):
-BLAS rounds a product differently for different shapes, so **every product has a fixed shape**. Rows of all sequences
-are packed into tiles of 16 and each tile is one `[16, in] @ [in, out]`; which row of a tile a token stands in, and what
-the other rows hold, does not change its result. Attention runs per aligned block of 16 positions with the queries at
-their place in the block and keys up to the block's end, so it too sees one shape per block, be it prefill or decode.
+BLAS rounds a product differently for different shapes, and on some CPUs (its AVX2 kernels) a row differently from place
+to place. So **every product has a fixed shape, and every token a fixed place**: rows of all sequences are packed into
+tiles of 16, each tile is one `[16, in] @ [in, out]`, and a token stands at its position modulo 16. What the other rows
+hold does not change its result. Attention runs per aligned block of 16 positions with the queries at their place in the
+block and keys up to the block's end, so it too sees one shape per block, be it prefill or decode.
 
 Limits: float32 sums follow the BLAS kernel of this machine's CPU, so two kinds of CPU may differ in the last bit.
 """
@@ -36,12 +37,16 @@ def page_bytes(arch: Architecture) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A span in a step: its tokens are rows `row` … of the step and positions `start` … of its sequence."""
+    """A span in a step: its tokens are tokens `first` … of the step and positions `start` … of its sequence."""
 
     pages: I64
     start: int
     count: int
-    row: int
+    first: int
+
+    @property
+    def mine(self) -> slice:
+        return slice(self.first, self.first + self.count)
 
 
 class ReferenceExecutor:
@@ -110,12 +115,12 @@ class ReferenceExecutor:
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token ids are 0 to {self.vocab_size - 1}, seen were {ids.min()} to {ids.max()}")
         positions = np.concatenate([each.start + np.arange(each.count) for each in placed])
-        rows = _pad(_scaled(self._embedding[ids], self.architecture.embedding_scale))
+        rows, slots = _tiled(_scaled(self._embedding[ids], self.architecture.embedding_scale), positions)
         scale = self.architecture.residual_scale
         for number in range(len(self._layers)):
-            rows = rows + _scaled(self._attention(number, rows, placed, positions), scale)
+            rows = rows + _scaled(self._attention(number, rows, slots, placed, positions), scale)
             rows = rows + _scaled(self._feed_forward(number, rows), scale)
-        return self._logits(rows.reshape(-1, rows.shape[-1]), spans, placed)
+        return self._logits(_flat(rows)[slots], positions, spans, placed)
 
     def _known(self, page: int) -> int:
         if not 0 <= page < self._page_count:
@@ -123,9 +128,9 @@ class ReferenceExecutor:
         return page
 
     def _place(self, spans: Sequence[Span]) -> list[_Placed]:
-        """Checks the spans and gives them their rows. Raises ValueError."""
+        """Checks the spans and numbers their tokens. Raises ValueError."""
         placed: list[_Placed] = []
-        row = 0
+        total = 0
         for span in spans:
             count = len(span.token_ids)
             blocks = -(-(span.start + count) // TILE_ROWS)
@@ -134,10 +139,10 @@ class ReferenceExecutor:
             if span.start + count > len(self._cos):
                 raise ValueError(f"position {span.start + count - 1} is beyond the context or the pages there are")
             pages = np.asarray([self._known(page) for page in span.pages[:blocks]], dtype=np.int64)
-            placed.append(_Placed(pages, span.start, count, row))
-            row += count
-        if row > self._max_rows:
-            raise ValueError(f"{row} tokens in one step, at most {self._max_rows} may be")
+            placed.append(_Placed(pages, span.start, count, total))
+            total += count
+        if total > self._max_rows:
+            raise ValueError(f"{total} tokens in one step, at most {self._max_rows} may be")
         return placed
 
     def _norm(self, rows: F32, weight: F32) -> F32:
@@ -169,35 +174,31 @@ class ReferenceExecutor:
                 active = gate / (np.float32(1) + decay)
         return active
 
-    def _attention(self, number: int, rows: F32, placed: list[_Placed], positions: I64) -> F32:
+    def _attention(self, number: int, rows: F32, slots: I64, placed: list[_Placed], positions: I64) -> F32:
         arch, weights = self.architecture, self._layers[number]
         normed = self._norm(rows, weights["input_norm"])
-        queries = self._projected(normed, weights, "q", len(positions))
-        keys = self._projected(normed, weights, "k", len(positions))
-        values = self._projected(normed, weights, "v", len(positions))
+        queries, keys, values = (self._projected(normed, weights, name)[slots] for name in ("q", "k", "v"))
         if arch.qk_norm:
             queries, keys = self._norm(queries, weights["q_norm"]), self._norm(keys, weights["k_norm"])
         queries, keys = self._rotated(queries, positions), self._rotated(keys, positions)
         mixed = np.zeros((rows.shape[0] * TILE_ROWS, arch.num_attention_heads * arch.head_dim), dtype=np.float32)
         for each in placed:
-            mine = slice(each.row, each.row + each.count)
             where = np.arange(each.start, each.start + each.count)
             pages, places = each.pages[where // TILE_ROWS], where % TILE_ROWS
-            self._pool[pages, 0, number, :, places] = keys[mine]
-            self._pool[pages, 1, number, :, places] = values[mine]
-            mixed[mine] = self._attend_all(number, each, queries[mine])
+            self._pool[pages, 0, number, :, places] = keys[each.mine]
+            self._pool[pages, 1, number, :, places] = values[each.mine]
+            mixed[slots[each.mine]] = self._attend_all(number, each, queries[each.mine])
         out: F32 = np.matmul(mixed.reshape(rows.shape[0], TILE_ROWS, -1), weights["o"].T)
         if arch.o_bias:
             out = out + weights["o_bias"]
         return self._norm(out, weights["post_attention_norm"]) if arch.sandwich_norm else out
 
-    def _projected(self, normed: F32, weights: dict[str, F32], name: str, count: int) -> F32:
-        """[count, heads, head_dim]"""
+    def _projected(self, normed: F32, weights: dict[str, F32], name: str) -> F32:
+        """[slots, heads, head_dim]"""
         out: F32 = np.matmul(normed, weights[name].T)
         if self.architecture.qkv_bias:
             out = out + weights[f"{name}_bias"]
-        heads: F32 = out.reshape(-1, out.shape[-1])[:count].reshape(count, -1, self.architecture.head_dim)
-        return heads
+        return _flat(out).reshape(-1, out.shape[-1] // self.architecture.head_dim, self.architecture.head_dim)
 
     def _attend_all(self, number: int, placed: _Placed, queries: F32) -> F32:
         """Attention of a span, block by block; [count, heads · head_dim]."""
@@ -262,33 +263,39 @@ class ReferenceExecutor:
         out[..., second] = x[..., second] * cos + x[..., first] * sin
         return out
 
-    def _logits(self, rows: F32, spans: Sequence[Span], placed: list[_Placed]) -> list[F32 | None]:
-        """Rows that nobody wants are not computed."""
-        first = {Wants.NONE: None, Wants.LAST: -1, Wants.ALL: 0}
-        wanted: list[F32] = []
-        for span, each in zip(spans, placed, strict=True):
-            if (start := first[span.wants]) is not None:
-                wanted.append(rows[each.row : each.row + each.count][start:])
-        if not wanted:
+    def _logits(self, rows: F32, positions: I64, spans: Sequence[Span], placed: list[_Placed]) -> list[F32 | None]:
+        """`rows` has one per token; those that nobody wants are not computed."""
+        counts = [{Wants.NONE: 0, Wants.LAST: 1, Wants.ALL: len(span.token_ids)}[span.wants] for span in spans]
+        if not any(counts):
             return [None] * len(spans)
-        gathered = _pad(np.concatenate(wanted))
-        logits = np.matmul(self._norm(gathered, self._norm_weight), self._head.T).reshape(-1, self.vocab_size)
+        ends = [each.first + each.count for each in placed]
+        wanted = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+        tiles, slots = _tiled(rows[wanted], positions[wanted])
+        logits = _flat(np.matmul(self._norm(tiles, self._norm_weight), self._head.T))[slots]
         logits = _scaled(logits, self.architecture.logit_scale)
         results: list[F32 | None] = []
         offset = 0
-        for span in spans:
-            count = {Wants.NONE: 0, Wants.LAST: 1, Wants.ALL: len(span.token_ids)}[span.wants]
+        for count in counts:
             results.append(logits[offset : offset + count] if count else None)
             offset += count
         return results
 
 
-def _pad(rows: F32) -> F32:
-    """[n, hidden] → [tiles, 16, hidden], the missing rows zero."""
-    tiles = -(-len(rows) // TILE_ROWS)
-    padded = np.zeros((tiles * TILE_ROWS, rows.shape[1]), dtype=np.float32)
-    padded[: len(rows)] = rows
-    return padded.reshape(tiles, TILE_ROWS, rows.shape[1])
+def _tiled(rows: F32, positions: I64) -> tuple[F32, I64]:
+    """[n, hidden] → [tiles, 16, hidden], each row at its position modulo 16, others zero; and the slot of each row."""
+    used = [0] * TILE_ROWS
+    slots = np.empty(len(rows), dtype=np.int64)
+    for index, place in enumerate((positions % TILE_ROWS).tolist()):
+        slots[index] = used[place] * TILE_ROWS + place
+        used[place] += 1
+    tiles = np.zeros((max(used), TILE_ROWS, rows.shape[1]), dtype=np.float32)
+    _flat(tiles)[slots] = rows
+    return tiles, slots
+
+
+def _flat(tiles: F32) -> F32:
+    """[tiles, 16, n] → [slots, n]"""
+    return tiles.reshape(-1, tiles.shape[-1])
 
 
 def _scaled(rows: F32, scale: float) -> F32:

@@ -7,6 +7,7 @@ Needs torch and transformers (dependency group `numerics`).
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def write_checkpoint(
     `dtype` is float32, float16 or bfloat16; the weights of the returned model are the rounded ones. `max_shard_size`
     (for example "100KB") makes several files with an index. Weights are large enough that logits depend on every part.
     """
-    settings = _BASE | _OWN[family] | overrides
+    settings = copy.deepcopy(_BASE | _OWN[family] | overrides)  # transformers adds entries to nested ones
     if settings["vocab_size"] < SMALLEST_VOCABULARY:
         raise ValueError(f"the byte-level tokenizer needs a vocab_size of at least {SMALLEST_VOCABULARY}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -134,15 +135,15 @@ def _random_model(family: str, settings: Mapping[str, Any], dtype: torch.dtype, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                # Projections keep the size of what passes through. A tied embedding is small: a token whose own
-                # embedding outweighs all layers would only ever predict itself.
-                width = 1.2 * parameter.shape[1] ** -0.5
-                if "embed" in name:
-                    width = (0.2 if settings["tie_word_embeddings"] else 1.0) / settings.get("scale_emb", 1)
+                # Projections keep the size of what passes through.
+                is_embedding = "embed" in name
+                width = 1.0 / settings.get("scale_emb", 1) if is_embedding else 1.2 * parameter.shape[1] ** -0.5
                 parameter.copy_(torch.randn_like(parameter) * width)
             else:
                 centre = 0.0 if name.endswith("bias") else 1.0
                 parameter.copy_(centre + 0.3 * torch.randn_like(parameter))
+            if name == "model.norm.weight":  # of either sign: a tied head would choose the last token for ever
+                parameter.mul_(torch.randint_like(parameter, 2) * 2 - 1)
         model.tie_weights()
     if is_fat:
         for layer in model.model.layers:
