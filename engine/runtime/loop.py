@@ -58,8 +58,8 @@ class Limits:
     """Draft tokens a request may have in one step; 0 turns speculation off."""
     draft_match: int = 3
     """Tokens that must repeat before what followed them is tried."""
-    publish_blocks: int = 4
-    """Blocks handed on after a step; each is a copy of a page."""
+    publish_blocks: int = 1
+    """Blocks handed on after a step; each is a copy of a page, for which everyone waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,13 +331,14 @@ class Loop:
             if rows < 1:
                 continue  # it keeps its place and waits for an older one to end
             tokens = sequence.tokens
-            if computed + rows < len(tokens):
-                wants, draft = (Wants.ALL if sequence.is_scoring else Wants.NONE), []
-                ids = tokens[computed : computed + rows]
+            draft = draft[: max(0, computed + rows - len(tokens))]
+            ids = tokens[computed : computed + rows] + draft
+            if sequence.is_scoring:
+                wants = Wants.ALL if computed + rows >= sequence.scored else Wants.NONE
+            elif computed + rows < len(tokens):
+                wants = Wants.NONE
             else:
-                draft = draft[: computed + rows - len(tokens)]
-                ids = tokens[computed:] + draft
-                wants = Wants.ALL if draft or sequence.is_scoring else Wants.LAST
+                wants = Wants.ALL if draft else Wants.LAST
             planned.append((sequence, Span(ids, computed, sequence.pages, wants), draft))
         return planned
 
@@ -358,13 +359,14 @@ class Loop:
         start = sequence.computed
         sequence.computed += len(span.token_ids) - len(drafts)
         if sequence.is_scoring:
-            assert logits is not None
             self._score(sequence, start, logits)
         elif sequence.pending == 0:
             assert logits is not None
             self._generate(sequence, drafts, logits)
         else:
             self._residency.settle(sequence)
+            if sequence.lookup is not None:
+                sequence.lookup.advance()
 
     def _generate(self, sequence: Running, drafts: list[int], logits: F32) -> None:
         """Draws a token from each row as long as the row's draft was what was drawn."""
@@ -419,12 +421,13 @@ class Loop:
         if end is not None:
             self._finish(sequence, *end)
 
-    def _score(self, sequence: Running, start: int, logits: F32) -> None:
-        """Row i of `logits` predicts the token at start + i + 1."""
+    def _score(self, sequence: Running, start: int, logits: F32 | None) -> None:
+        """Row i of `logits` predicts the token at start + i + 1; None when none of those is to be told."""
         request, tokens = sequence.request, sequence.tokens
         ids: list[int] = []
         scores: list[Logprobs] = []
-        for row in range(len(logits)):
+        for row in range(0 if logits is None else len(logits)):
+            assert logits is not None
             position = start + row + 1
             if sequence.scored <= position < len(tokens):
                 ids.append(tokens[position])

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 INDEXED_TOKENS = 32_768
 """Of a longer prompt only the last this many tokens are searched: about 100 bytes of index per token."""
 
+TOKENS_PER_STEP = 1024
+"""Indexed at once: about a millisecond."""
+
 
 class PromptLookup:
     """Index of a growing token list: O(1) per token. Reads the list it was made for; call `advance` as that grows."""
@@ -23,27 +26,27 @@ class PromptLookup:
         self._ends: dict[tuple[int, ...], int] = {}
         self._seen = max(0, len(tokens) - INDEXED_TOKENS)
         self._found: int | None = None
-        self.advance()
 
     def advance(self) -> None:
-        """Takes note of the tokens added since the last call."""
+        """Takes note of the tokens added since the last call, of at most so many: a long prompt takes several steps."""
         tokens, match = self._tokens, self._match
-        for end in range(max(self._seen + 1, match), len(tokens) + 1):
+        until = min(len(tokens), self._seen + TOKENS_PER_STEP)
+        for end in range(max(self._seen + 1, match), until + 1):
             key = tuple(tokens[end - match : end])
             self._found = self._ends.get(key)
             if len(self._ends) < 2 * INDEXED_TOKENS or key in self._ends:
                 self._ends[key] = end
-        self._seen = len(tokens)
+        self._seen = until
 
     @property
     def has_match(self) -> bool:
         """The last tokens occurred before."""
-        return self._found is not None
+        return self._found is not None and self._seen == len(self._tokens)
 
     def draft(self, count: int) -> list[int]:
         """At most `count` tokens that may come next; empty when the last tokens never occurred before."""
         start = self._found
-        if start is None or count < 1:
+        if start is None or not self.has_match or count < 1:
             return []
         tokens, length = self._tokens, len(self._tokens)
         period = length - start  # past the end of the list the guess repeats itself

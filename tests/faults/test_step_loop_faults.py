@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,10 +11,10 @@ from engine.executors.interface import F32, Span
 from engine.prefix import block_hashes, scope_key
 from engine.runtime.loop import Limits, Loop
 from engine.runtime.sampling import NOTHING_SEEN, Sampling, draw, logprobs_of
-from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Request, Running, Tokens
+from engine.runtime.sequences import Failure, Finished, FinishReason, Request, Running, Tokens
 from tests.fakes.counting_executor import BLOCK, CountingExecutor, next_token, payload_of
+from tests.fakes.ear import WAIT_S, Ear
 
-WAIT_S = 20
 ENDLESS = 1_000_000
 """Tokens nobody waits for: the fake takes longer for each one, so such a stream never ends by itself."""
 GREEDY = Sampling(temperature=0)
@@ -40,20 +39,6 @@ class PoisonedExecutor(CountingExecutor):
         if payload == self.unlucky:
             raise MemoryError
         super().write_page(page, payload)
-
-
-class Ear:
-    def __init__(self) -> None:
-        self.events: queue.Queue[Event] = queue.Queue()
-
-    def __call__(self, event: Event) -> None:
-        self.events.put(event)
-
-    def all(self) -> tuple[list[int], Finished | Failure]:
-        tokens: list[int] = []
-        while isinstance(event := self.events.get(timeout=WAIT_S), Tokens):
-            tokens += event.token_ids
-        return tokens, event
 
 
 @pytest.fixture

@@ -12,31 +12,13 @@ import pytest
 from engine.prefix import block_hashes, scope_key
 from engine.runtime.loop import Closed, Limits, Loop, QueueFull, TooLong
 from engine.runtime.sampling import Sampling
-from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Request, Running, Tokens
+from engine.runtime.sequences import Failure, Finished, FinishReason, Request, Running, Tokens
 from tests.fakes.counting_executor import BLOCK, CountingExecutor, next_token, payload_of
+from tests.fakes.ear import WAIT_S, Ear
 
 GREEDY = Sampling(temperature=0)
-WAIT_S = 20
 ENDLESS = 1_000_000
 """Tokens nobody waits for: the fake takes longer for each one, so such a stream never ends by itself."""
-
-
-class Ear:
-    """Hears one request's events."""
-
-    def __init__(self) -> None:
-        self.events: queue.Queue[Event] = queue.Queue()
-
-    def __call__(self, event: Event) -> None:
-        self.events.put(event)
-
-    def all(self) -> tuple[list[int], Finished | Failure]:
-        tokens: list[int] = []
-        while True:
-            event = self.events.get(timeout=WAIT_S)
-            if not isinstance(event, Tokens):
-                return tokens, event
-            tokens += event.token_ids
 
 
 def expected(prompt: list[int], count: int) -> list[int]:

@@ -89,6 +89,7 @@ def test_a_text_that_repeats_is_guessed() -> None:
     """After the second time of three tokens, what followed the first time is the guess, round and round."""
     tokens = [1, 2, 3, 4, 5, 1, 2]
     lookup = PromptLookup(tokens, 3)
+    lookup.advance()
     assert not lookup.has_match and lookup.draft(4) == []
     tokens.append(3)
     lookup.advance()
