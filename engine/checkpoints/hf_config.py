@@ -7,6 +7,7 @@ Defaults are those of the families' configuration classes in transformers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def parse(raw: Mapping[str, Any], path: Path, more_end_tokens: object = None) ->
         tie_word_embeddings=fields.flag("tie_word_embeddings", own.tied),
         end_token_ids=_end_tokens(fields, vocabulary, more_end_tokens),
         embedding_scale=fields.real("scale_emb", 0.0, 1e6, 1.0) if is_scaled else 1.0,
-        residual_scale=fields.real("scale_depth", 0.0, 1e6, 1.0) / layers**0.5 if is_scaled else 1.0,
+        residual_scale=fields.real("scale_depth", 0.0, 1e6, 1.0) / math.sqrt(layers) if is_scaled else 1.0,
         logit_scale=fields.whole("dim_model_base", 1, 65_536, 1) / hidden if is_scaled else 1.0,
     )
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test` (group numerics)")
-pytest.importorskip("transformers", reason="transformers is not installed: run `make test`")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: run `make test`")
 
 from engine.checkpoints.architecture import Checkpoint
+from engine.checkpoints.hf_config import parse
 from engine.checkpoints.opening import open_checkpoint
+from engine.checkpoints.rope import cos_sin_factor, inverse_frequencies
 from engine.executors.interface import Span, Wants
 from engine.executors.reference import ReferenceExecutor
 from tests.fakes.checkpoints import Written, write_checkpoint
@@ -128,6 +130,29 @@ def test_rows_are_parts_of_the_tensor(case: Case) -> None:
         assert np.array_equal(np.concatenate(pieces), whole)
         assert whole.dtype == np.float32 and whole.flags.c_contiguous
     assert np.array_equal(checkpoint.rows("embedding", 5, 9), checkpoint.tensor("embedding")[5:9])
+
+
+@pytest.mark.parametrize(
+    ("theta", "head_dim", "scaling"),
+    [
+        (10_000.0, 128, {"rope_type": "default"}),
+        (10_000.0, 80, {"rope_type": "linear", "factor": 3.0}),
+        (500_000.0, 64, LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}),
+        (1_000_000.0, 128, YARN | {"original_max_position_embeddings": 32_768}),
+        (1_000_000.0, 96, YARN | {"factor": 2.5, "beta_fast": 24.0, "beta_slow": 2.0, "mscale": 1.0}),
+    ],
+    ids=["plain", "linear", "llama3", "yarn", "yarn-betas"],
+)
+def test_frequencies_of_real_sizes_match_transformers(theta: float, head_dim: int, scaling: dict[str, Any]) -> None:
+    """Ours are computed to the last bit; those of transformers differ by a few float32 steps from CPU to CPU."""
+    config = transformers.LlamaConfig(
+        hidden_size=8 * head_dim, num_attention_heads=8, max_position_embeddings=131_072,
+        rope_parameters=scaling | {"rope_theta": theta},
+    )  # fmt: skip
+    reference = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    arch = parse(config.to_dict(), Path("config.json"))
+    assert np.allclose(inverse_frequencies(arch), reference.inv_freq.numpy(), rtol=2.0**-21, atol=0)
+    assert cos_sin_factor(arch) == pytest.approx(reference.attention_scaling, rel=1e-12)
 
 
 def _parameters(written: Written) -> Iterator[Any]:
