@@ -219,3 +219,29 @@ def test_a_closed_loop_finishes_its_work_and_refuses_more(started: list[Loop]) -
     with pytest.raises(Closed):
         ask(loop, [2], 1)
     assert ear.all()[0] == expected([1], 30)
+
+
+def test_streams_keep_their_pace_while_long_prompts_arrive(started: list[Loop]) -> None:
+    """Eight decode while prompts of 2,048 tokens come in: no step takes twice a quiet one, and the prompts get done."""
+    executor = CountingExecutor()
+
+    def seconds(rows: int) -> float:
+        return 0.030 + 0.0004 * rows
+
+    def clock() -> float:
+        return sum(map(seconds, executor.steps))
+
+    loop = Loop(executor, Limits(), clock=clock)
+    loop.start()
+    started.append(loop)
+    streams = [ask(loop, [n + 1] * 64, ENDLESS) for n in range(8)]
+    for ear, _ in streams:
+        ear.first()
+    quiet = len(executor.steps)
+    for n in range(3):
+        assert ask(loop, [n + 20] * 2048, 2)[0].all()[0] == expected([n + 20] * 2048, 2)
+    busy = executor.steps[quiet : len(executor.steps)]
+    for _, running in streams:
+        loop.cancel(running)
+    assert max(map(seconds, busy)) <= 2 * seconds(8)
+    assert len(busy) < 3 * 2048 / 40, "the budget is used"
