@@ -1,72 +1,110 @@
-"""Loads a model directory as a *variant*: weights, tokenizer identity, and the digest that fences what it makes."""
+"""Opens a model as a *variant*: its checkpoint, its tokenizer's identity, and the digest that fences what it makes.
+
+No weights are read here but for hashing; executors read them from the checkpoint and then ask whether the files are
+still the ones that were hashed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints import glm
+from engine.checkpoints.architecture import Architecture, Checkpoint, CheckpointError
+from engine.checkpoints.digest_cache import DigestCache
 from engine.checkpoints.digests import TEXT_FILES, tokenizer_digest
-from engine.checkpoints.files import identity, open_regular, read_bounded
+from engine.checkpoints.files import identity, read_bounded
+from engine.checkpoints.hf_config import MAX_CONFIG_BYTES
+from engine.checkpoints.opening import MAX_BYTES, REMEMBER_NOTHING, open_checkpoint
 
-CHUNK = 1 << 20
 GENERATION_CONFIG = "generation_config.json"
-FILES = ("config.json", "model.safetensors", GENERATION_CONFIG, *TEXT_FILES)
-"""Everything the digest covers."""
+TEXTS = ("config.json", GENERATION_CONFIG, *TEXT_FILES)
+"""What the digest of a directory covers besides the weights."""
+
+Identity = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A loaded model. `digest` differs whenever its tokens could."""
+    """An opened model. `digest` differs whenever its tokens could."""
 
     digest: str
     tokenizer_digest: str
-    weights: glm.GlmWeights
-    directory: Path
+    architecture: Architecture
+    checkpoint: Checkpoint
+    path: Path
+    files: tuple[tuple[Path, Identity | None], ...]
+    """Everything the digest covers, as it was when hashing began."""
+
+    def check_unchanged(self) -> None:
+        """To be called when the weights have been read. Raises CheckpointError if a file is another one by now."""
+        for path, before in self.files:
+            if identity(path) != before:
+                raise CheckpointError(f"{path} changed while the model was read; load it again")
 
 
-def load(directory: Path, arithmetic: str, max_bytes: int = 64 << 30) -> Variant:
-    """Reads a Hugging Face GLM directory. `arithmetic` names the executor's number formats, `max_bytes` bounds the
-    weights in memory. Raises CheckpointError, also when a file changes meanwhile: its digest would name other tokens.
+def load(path: Path, arithmetic: str, max_bytes: int = MAX_BYTES, digests: DigestCache = REMEMBER_NOTHING) -> Variant:
+    """Opens a Hugging Face directory or a GGUF file. `arithmetic` names the executor's number formats, `max_bytes`
+    bounds the weight files. Raises CheckpointError, also when a file changes meanwhile: its digest would name others.
     """
-    before = [identity(directory / name) for name in FILES]
+    is_file = path.suffix == ".gguf"
+    before = _identities([path] if is_file else [*(path / name for name in TEXTS), *_weight_files(path)])
+    checkpoint = open_checkpoint(path, max_bytes, digests)
     try:
-        tokens = tokenizer_digest(directory)
+        weights = digests.file_digest(path) if is_file else checkpoint.weight_files_digest
+        tokens = _gguf_tokenizer_digest(weights) if is_file else _directory_tokenizer_digest(path)
+        generation = "" if is_file else _generation_digest(path)
+        digest = _digest(weights, checkpoint.architecture, generation, tokens, arithmetic)
+        variant = Variant(digest, tokens, checkpoint.architecture, checkpoint, path, before)
+        variant.check_unchanged()
     except OSError as error:
-        raise glm.CheckpointError(f"{directory}: no readable tokenizer ({error})") from None
-    weights = glm.load(directory, max_bytes)
+        checkpoint.close()
+        raise CheckpointError(f"{path}: {error}") from None
+    except BaseException:
+        checkpoint.close()
+        raise
+    return variant
+
+
+def _identities(paths: Sequence[Path]) -> tuple[tuple[Path, Identity | None], ...]:
+    return tuple((path, identity(path)) for path in paths)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Weight files there now; one that appears later is another variant too, so the single file always counts."""
+    try:
+        found = sorted(directory.glob("*.safetensors"))
+    except OSError:
+        found = []
+    return sorted({directory / "model.safetensors", directory / "model.safetensors.index.json", *found})
+
+
+def _directory_tokenizer_digest(directory: Path) -> str:
+    try:
+        return tokenizer_digest(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: no readable tokenizer ({error})") from None
+
+
+def _gguf_tokenizer_digest(file_digest: str) -> str:
+    """The vocabulary is inside the file, so the file names it."""
+    return f"sha256:{hashlib.sha256(b'autoglm-tokenizer-gguf-1' + bytes(1) + file_digest.encode()).hexdigest()}"
+
+
+def _generation_digest(directory: Path) -> str:
+    path = directory / GENERATION_CONFIG
+    if not path.exists():
+        return ""
+    return hashlib.sha256(read_bounded(path, MAX_CONFIG_BYTES)).hexdigest()
+
+
+def _digest(weights: str, arch: Architecture, generation: str, tokens: str, arithmetic: str) -> str:
+    """sha256 over the weights, the architecture, the generation settings, the tokenizer and the arithmetic plan."""
+    hasher = hashlib.sha256(b"autoglm-variant-3\0")
     plan = {"arithmetic": arithmetic, "sparsity": "none", "bits": 32}
-    try:
-        digest = _digest(directory, weights.config, tokens, plan)
-    except OSError as error:
-        raise glm.CheckpointError(f"{directory}: {error}") from None
-    if before != [identity(directory / name) for name in FILES]:
-        raise glm.CheckpointError(f"{directory}: its files changed while they were read; load it again")
-    return Variant(digest, tokens, weights, directory)
-
-
-def _digest(directory: Path, config: glm.GlmConfig, tokens: str, plan: dict[str, object]) -> str:
-    """sha256 over the weights file, the configurations, the tokenizer's digest and the arithmetic plan."""
-    hasher = hashlib.sha256(b"autoglm-variant-2\0")
-    generation = directory / GENERATION_CONFIG
-    for part in (
-        file_sha256(directory / "model.safetensors"),
-        repr(config),
-        hashlib.sha256(read_bounded(generation, glm.MAX_CONFIG_BYTES)).hexdigest() if generation.exists() else "",
-        tokens,
-        json.dumps(plan, sort_keys=True),
-    ):
+    for part in (weights, repr(arch), generation, tokens, json.dumps(plan, sort_keys=True)):
         data = part.encode()
         hasher.update(len(data).to_bytes(8, "little") + data)
     return f"sha256:{hasher.hexdigest()}"
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    hasher = hashlib.sha256()
-    with open_regular(path) as file:
-        while piece := file.read(CHUNK):
-            hasher.update(piece)
-    return hasher.hexdigest()

@@ -1,12 +1,13 @@
 """What the runtime asks of an executor, whichever kernels it is made of.
 
 An executor computes logits for rows of tokens. The contract that everything else rests on: **the logits of a token
-depend only on the tokens before it**, bit for bit. Not on which other sequences share the step, not on how the prompt
-was cut into steps, not on whether the keys and values of its prefix were computed here or loaded from a cache.
+depend only on the tokens before it**, bit for bit. Not on which other sequences share the step, how the prompt was cut
+into steps, which pages hold its keys and values, whether those were computed here or loaded, or how many threads run.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,32 +18,28 @@ import numpy.typing as npt
 F32 = npt.NDArray[np.float32]
 
 
-class SequenceCache(Protocol):
-    """Keys and values of one sequence."""
+class Wants(enum.Enum):
+    """Which rows of a span need logits."""
 
-    @property
-    def length(self) -> int:
-        """Tokens whose keys and values are present."""
-
-    def export_block(self, index: int) -> bytes:
-        """Keys and values of whole block `index`, in this executor's layout."""
-
-    def import_block(self, payload: bytes) -> None:
-        """Appends one block that `export_block` made. Raises ValueError when the size is wrong."""
+    NONE = "none"
+    LAST = "last"
+    ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive tokens of one sequence, all inside one aligned block of `block_tokens` positions.
+    """Consecutive tokens of one sequence at positions start, start + 1, …; at most one span per sequence and step.
 
-    They are placed at positions cache.length …, and become part of the cache; spans of one sequence may follow each
-    other in a step. `wants_logits` asks for the logits
-    after every token of the span, otherwise only bookkeeping is done.
+    The keys and values of positions 0 … start - 1 are in `pages` already. Pages may be shared between sequences; a
+    shared page is only ever read: all its positions are below `start`.
     """
 
-    cache: SequenceCache
     token_ids: Sequence[int]
-    wants_logits: bool
+    """One or more; they need not stay inside one page."""
+    start: int
+    pages: Sequence[int]
+    """Physical page of each block of `block_tokens` positions; covers start + len(token_ids) positions at least."""
+    wants: Wants
 
 
 class Executor(Protocol):
@@ -50,14 +47,33 @@ class Executor(Protocol):
 
     @property
     def block_tokens(self) -> int:
-        """Positions per key-value block."""
+        """Positions per page."""
 
     @property
-    def block_bytes(self) -> int:
-        """Size of an exported block."""
+    def page_bytes(self) -> int:
+        """Size of an exported page: keys and values of all layers."""
 
-    def new_cache(self, capacity_tokens: int) -> SequenceCache:
-        """An empty cache that will never hold more than `capacity_tokens`."""
+    @property
+    def page_count(self) -> int:
+        """Physical pages 0 … page_count - 1, allocated when the executor was made."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of a row of logits."""
+
+    @property
+    def max_rows(self) -> int:
+        """Most tokens one step may have, over all its spans."""
 
     def step(self, spans: Sequence[Span]) -> list[F32 | None]:
-        """Runs all spans at once. Per span: logits [tokens, vocabulary] in float32, or None when not wanted."""
+        """Runs all spans at once and writes their keys and values into their pages.
+
+        Per span: logits [rows wanted, vocab_size] in float32, or None when none are. The arrays are valid until the
+        next step.
+        """
+
+    def read_page(self, page: int) -> bytes:
+        """The page's keys and values, in this executor's own layout."""
+
+    def write_page(self, page: int, payload: bytes) -> None:
+        """Fills a page with what `read_page` gave. Raises ValueError when the size is wrong."""

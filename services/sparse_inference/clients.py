@@ -65,7 +65,6 @@ class LeaseClient:
 
 def registration(settings: WorkerSettings, worker: Worker, endpoint: str) -> scheduler_pb2.LeaseRequest:
     """The first message of a lease."""
-    config = worker.variant.weights.config
     return scheduler_pb2.LeaseRequest(
         registration=scheduler_pb2.Registration(
             replica_id=settings.instance,
@@ -75,10 +74,10 @@ def registration(settings: WorkerSettings, worker: Worker, endpoint: str) -> sch
             block_tokens=worker.executor.block_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
-            kv_capacity_bytes=settings.limits.kv_capacity_bytes,
+            kv_capacity_bytes=worker.kv_capacity_bytes,
             labels=settings.label_map,
-            weight_bytes=worker.variant.weights.resident_bytes,
-            kv_bytes_per_token=config.kv_bytes_per_token,
+            weight_bytes=worker.weight_bytes,
+            kv_bytes_per_token=worker.kv_bytes_per_token,
             context_tokens=worker.context_tokens,
         )
     )

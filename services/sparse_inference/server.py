@@ -13,6 +13,7 @@ from autoglm.type.v1 import generation_pb2
 from opentelemetry import trace
 from prometheus_client import Counter
 
+from engine.runtime.constraints import Constraint
 from engine.runtime.sampling import Logprobs, Sampling
 from engine.runtime.sequences import Finished, FinishReason, Request, Tokens
 from services.chassis import telemetry
@@ -53,7 +54,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         digest = self._worker.variant.digest
         asked = self._request_of(request)
         first, position = True, request.resumed_tokens
-        async with contextlib.aclosing(self._worker.run(asked, request.tenant)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._worker.run(asked, request.tenant, _constraint(request))) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, Finished):
                     self._note_end(span, event)
@@ -88,20 +89,20 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetModelInfoResponse:
         variant = self._worker.variant
-        config = variant.weights.config
+        arch = variant.architecture
         return pb.GetModelInfoResponse(
             model=self._settings.model_name,
             variant_digest=variant.digest,
             tokenizer_digest=variant.tokenizer_digest,
-            architecture="glm",
-            vocabulary_size=config.vocab_size,
+            architecture=arch.family,
+            vocabulary_size=arch.vocab_size,
             context_tokens=self._worker.context_tokens,
             block_tokens=self._worker.executor.block_tokens,
-            end_token_ids=config.end_token_ids,
+            end_token_ids=arch.end_token_ids,
             executor="reference",
-            parameters=variant.weights.parameters,
-            weight_bytes=variant.weights.resident_bytes,
-            kv_bytes_per_token=config.kv_bytes_per_token,
+            parameters=arch.parameters,
+            weight_bytes=self._worker.weight_bytes,
+            kv_bytes_per_token=self._worker.kv_bytes_per_token,
         )
 
     async def GetLoad(
@@ -114,7 +115,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
             max_running=self._settings.max_running,
             max_waiting=self._settings.max_waiting,
             kv_used_bytes=load.kv_used_bytes,
-            kv_capacity_bytes=self._settings.limits.kv_capacity_bytes,
+            kv_capacity_bytes=self._worker.kv_capacity_bytes,
             generated_tokens=load.generated_tokens,
             draining=self._worker.draining,
         )
@@ -156,7 +157,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
             logit_bias={entry.token_id: entry.bias for entry in given.logit_bias},
         )
         ids = list(request.token_ids)
-        ends = frozenset(self._worker.variant.weights.config.end_token_ids)
+        ends = frozenset(self._worker.variant.architecture.end_token_ids)
         return Request(
             token_ids=ids,
             max_tokens=request.max_tokens or max(1, self._worker.context_tokens - len(ids)),
@@ -166,6 +167,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
             logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,
             resumed_tokens=request.resumed_tokens,
+            min_tokens=request.min_tokens,
         )
 
     def _note_end(self, span: trace.Span, event: Finished) -> None:
@@ -174,6 +176,17 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         span.set_attribute("gen_ai.usage.input_tokens", event.prompt_tokens)
         span.set_attribute("gen_ai.usage.output_tokens", event.completion_tokens)
         span.set_attribute("gen_ai.usage.cache_read.input_tokens", event.cached_tokens)
+
+
+def _constraint(request: pb.GenerateRequest) -> Constraint | None:
+    match request.WhichOneof("constraint"):
+        case "json_schema":
+            return Constraint("json_schema", request.json_schema)
+        case "regex":
+            return Constraint("regex", request.regex)
+        case "grammar":
+            return Constraint("grammar", request.grammar)
+    return None
 
 
 def _chunk(event: Tokens, position: int) -> pb.TokenChunk:

@@ -1,156 +1,167 @@
-"""The reference executor against transformers, and against itself: same tokens whatever the batch or the chunking."""
+"""The reference executor against itself: same bits whatever the batch, the chunking or the pages."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engine.checkpoints import glm
-from engine.executors.interface import Span
-from engine.executors.reference import TILE_ROWS, ReferenceCache, ReferenceExecutor
+pytest.importorskip("torch", reason="torch is not installed: run `make test` (group numerics)")
+pytest.importorskip("transformers", reason="transformers is not installed: run `make test`")
 
-torch = pytest.importorskip("torch", reason="torch is not installed: run `make test` (group numerics)")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: run `make test`")
+from engine.checkpoints.architecture import CheckpointError
+from engine.checkpoints.opening import open_checkpoint
+from engine.executors.interface import F32, Executor, Span, Wants
+from engine.executors.reference import TILE_ROWS, ReferenceExecutor, page_bytes
+from tests.fakes.checkpoints import write_checkpoint
 
-SHAPES = [
-    pytest.param({}, id="as-glm-tiny"),
-    pytest.param({"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 112}, id="gqa-7:1"),
-    pytest.param({"num_hidden_layers": 1, "tie_word_embeddings": False}, id="one-layer-untied"),
-    pytest.param({"attention_bias": True, "hidden_act": "silu", "head_dim": 20}, id="bias-silu-odd-rotary"),
-]
-
-
-def checkpoint(directory: Path, changes: dict[str, object]) -> tuple[glm.GlmWeights, object]:
-    """A random GLM written by transformers, and the transformers model itself in float32."""
-    settings: dict[str, object] = {
-        "vocab_size": 211, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "relu",
-        "attention_bias": False, "tie_word_embeddings": True, "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5, "pad_token_id": 0, "eos_token_id": [0], "initializer_range": 0.3,
-    } | changes  # fmt: skip
-    torch.manual_seed(7)
-    model = transformers.GlmForCausalLM(transformers.GlmConfig(**settings)).float().eval()
-    model.save_pretrained(directory)
-    return glm.load(directory), model
+VOCABULARY = 275
+PAGES = 96
+MODELS = {
+    "glm": ("glm", {"hidden_act": "relu"}),
+    "glm4": ("glm4", {}),
+    "qwen3-7:1": ("qwen3", {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}),
+}
 
 
-def run(executor: ReferenceExecutor, ids: list[int], chunks: list[int]) -> np.ndarray:
-    """Logits after every token, computed in steps of the given chunk lengths (cut again at block borders)."""
-    cache, results, start = executor.new_cache(len(ids)), [], 0
-    pending = list(chunks)
+@pytest.fixture(scope="module", params=MODELS)
+def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReferenceExecutor:
+    family, changes = MODELS[request.param]
+    return make(tmp_path_factory.mktemp(family), family, **changes)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> ReferenceExecutor:
+    return make(tmp_path, "llama", num_hidden_layers=1)
+
+
+def make(directory: Path, family: str, **changes: object) -> ReferenceExecutor:
+    write_checkpoint(directory, family, **changes)
+    return ReferenceExecutor(open_checkpoint(directory), PAGES, max_rows=256)
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    chooser = random.Random(seed)
+    return [chooser.randrange(VOCABULARY) for _ in range(count)]
+
+
+def run(executor: Executor, ids: Sequence[int], chunks: Sequence[int], pages: Sequence[int] = range(PAGES)) -> F32:
+    """Logits after every token, computed in steps of the given lengths, the last one for all that is left."""
+    results, start, pending = [], 0, list(chunks)
     while start < len(ids):
-        room = TILE_ROWS - start % TILE_ROWS
-        count = min(pending.pop(0) if pending else len(ids), room, len(ids) - start)
-        (logits,) = executor.step([Span(cache, ids[start : start + count], True)])
+        count = pending.pop(0) if pending else len(ids)
+        (logits,) = executor.step([Span(ids[start : start + count], start, pages, Wants.ALL)])
         assert logits is not None
         results.append(logits)
-        start += count
+        start += len(logits)
     return np.concatenate(results)
 
 
-@pytest.mark.parametrize("changes", SHAPES)
-def test_logits_match_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
-    """Float32 logits are those of GlmForCausalLM to 1e-4 of their range, and greedy choices are equal."""
-    weights, model = checkpoint(tmp_path, changes)
-    ids = [random.Random(3).randrange(211) for _ in range(50)]
-    with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0].numpy()
-    actual = run(ReferenceExecutor(weights), ids, [16] * 4)
-    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
-    assert (actual.argmax(-1) == expected.argmax(-1)).all()
-
-
-@pytest.mark.parametrize("chunks", [[1] * 50, [7] * 8, [16] * 4, [3, 1, 12, 5, 16]], ids=str)
-def test_chunking_changes_no_bit(tmp_path: Path, chunks: list[int]) -> None:
+@pytest.mark.parametrize(
+    "chunks", [[1] * 70, [7] * 10, [16] * 5, [3, 1, 12, 5, 40], [64]], ids=["1", "7", "16", "odd", "64"]
+)
+def test_chunking_changes_no_bit(executor: ReferenceExecutor, chunks: list[int]) -> None:
     """Prefill in any pieces, down to single decode steps, gives bit-identical logits."""
-    weights, _ = checkpoint(tmp_path, {})
-    executor = ReferenceExecutor(weights)
-    ids = [random.Random(5).randrange(211) for _ in range(50)]
-    assert np.array_equal(run(executor, ids, chunks), run(executor, ids, [16] * 4))
+    ids = tokens(5, 70)
+    assert np.array_equal(run(executor, ids, chunks), run(executor, ids, [70]))
 
 
 @pytest.mark.parametrize("mates", [1, 3, 8, 17])
-def test_batch_mates_change_no_bit(tmp_path: Path, mates: int) -> None:
+def test_batch_mates_change_no_bit(executor: ReferenceExecutor, mates: int) -> None:
     """A sequence that shares every step with others, at other positions, gets bit-identical logits."""
-    weights, _ = checkpoint(tmp_path, {})
-    executor = ReferenceExecutor(weights)
     chooser = random.Random(mates)
-    ids = [chooser.randrange(211) for _ in range(40)]
-    alone = run(executor, ids, [1] * 40)
-    others = [executor.new_cache(128) for _ in range(mates)]
-    for cache in others:  # at different positions
-        for _ in range(chooser.randrange(5)):
-            executor.step([Span(cache, [chooser.randrange(211)], False)])
-    cache = executor.new_cache(64)
+    ids = tokens(mates, 40)
+    alone = run(executor, ids, [40], pages=range(90, 96))
+    others = [[chooser.randrange(VOCABULARY) for _ in range(chooser.randrange(5))] for _ in range(mates)]
+    pages = [range(4 * index, 4 * index + 4) for index in range(mates)]
+    for other, mine in zip(others, pages, strict=True):  # at different positions
+        if other:
+            executor.step([Span(other, 0, mine, Wants.NONE)])
     for index, token in enumerate(ids):
-        spans = [Span(other, [chooser.randrange(211)], True) for other in others]
+        spans = []
+        for other, mine in zip(others, pages, strict=True):
+            spans.append(Span([chooser.randrange(VOCABULARY)], len(other), mine, Wants.LAST))
+            other.append(0)
         place = chooser.randrange(len(spans) + 1)
-        spans.insert(place, Span(cache, [token], True))
+        spans.insert(place, Span([token], index, range(80, 84), Wants.LAST))
         logits = executor.step(spans)[place]
         assert logits is not None and np.array_equal(logits[0], alone[index])
 
 
-def test_blocks_of_one_step_equal_blocks_of_many(tmp_path: Path) -> None:
-    """Several blocks of one prompt in a single step give the bits of one block per step."""
-    weights, _ = checkpoint(tmp_path, {})
-    executor = ReferenceExecutor(weights)
-    ids = [random.Random(9).randrange(211) for _ in range(60)]
-    cache = executor.new_cache(60)
-    spans = [Span(cache, ids[start : start + 16], True) for start in range(0, 60, 16)]
-    together = np.concatenate([logits for logits in executor.step(spans) if logits is not None])
-    assert np.array_equal(together, run(executor, ids, [16] * 4))
+def test_page_numbers_and_what_pages_held_before_change_no_bit(executor: ReferenceExecutor) -> None:
+    """Pages in any order, and full of NaN when they are handed out, give bit-identical logits."""
+    ids = tokens(9, 70)
+    expected = run(executor, ids, [70], pages=range(5))
+    pages = [44, 3, 91, 17, 60]
+    for page in pages:
+        executor.write_page(page, np.full(executor.page_bytes // 4, np.nan, dtype="<f4").tobytes())
+    assert np.array_equal(run(executor, ids, [9, 1, 30], pages=pages), expected)
 
 
-def test_a_loaded_block_is_as_good_as_a_computed_one(tmp_path: Path) -> None:
-    """Exported and imported keys and values continue with bit-identical logits; a wrong size is refused."""
-    weights, _ = checkpoint(tmp_path, {})
-    executor = ReferenceExecutor(weights)
-    ids = [random.Random(11).randrange(211) for _ in range(45)]
-    cold = executor.new_cache(45)
-    spans = [Span(cold, ids[start : start + 16], True) for start in (0, 16, 32)]
-    expected = executor.step(spans)[2]
-    warm = executor.new_cache(45)
-    for index in range(2):
-        warm.import_block(cold.export_block(index))
-    (actual,) = executor.step([Span(warm, ids[32:], True)])
-    assert expected is not None and actual is not None and np.array_equal(actual, expected)
-    with pytest.raises(ValueError, match="bytes"):
-        ReferenceCache(weights.config, 32).import_block(b"\0" * 10)
-    with pytest.raises(ValueError, match="not complete"):
-        cold.export_block(2)
+def test_a_loaded_page_is_as_good_as_a_computed_one(executor: ReferenceExecutor) -> None:
+    """Pages that were read and written elsewhere continue with bit-identical logits."""
+    ids = tokens(11, 45)
+    expected = run(executor, ids, [45], pages=[0, 1, 2])
+    for source, target in ((0, 30), (1, 31)):
+        executor.write_page(target, executor.read_page(source))
+    (actual,) = executor.step([Span(ids[32:], 32, [30, 31, 50], Wants.ALL)])
+    assert np.array_equal(actual, expected[32:])
+    assert executor.read_page(31) == executor.read_page(1)
+
+
+def test_sequences_share_the_pages_of_a_common_prefix(executor: ReferenceExecutor) -> None:
+    """Two continuations of one prompt in one step read the same pages, and leave them as they are."""
+    prompt, one, two = tokens(13, 32), tokens(14, 9), tokens(15, 20)
+    executor.step([Span(prompt, 0, [0, 1], Wants.NONE)])
+    shared = [executor.read_page(page) for page in (0, 1)]
+    results = executor.step([Span(one, 32, [0, 1, 7], Wants.ALL), Span(two, 32, [0, 1, 8, 9], Wants.ALL)])
+    assert [executor.read_page(page) for page in (0, 1)] == shared
+    for continuation, logits in zip((one, two), results, strict=True):
+        assert np.array_equal(logits, run(executor, prompt + continuation, [100], pages=range(20, 30))[32:])
+
+
+def test_only_wanted_rows_are_given(small: ReferenceExecutor) -> None:
+    """None, the last or all rows of a span, and they are the same rows."""
+    ids = tokens(17, 20)
+    spans = [Span(ids, 0, [3 * index, 3 * index + 1], wants) for index, wants in enumerate(Wants)]
+    results = dict(zip(Wants, small.step(spans), strict=True))
+    every, last = results[Wants.ALL], results[Wants.LAST]
+    assert results[Wants.NONE] is None and every is not None and last is not None
+    assert every.shape == (20, VOCABULARY) and np.array_equal(last, every[-1:])
+    assert small.step([]) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("span", "message"),
     [
-        ({"model_type": "llama"}, "model_type"),
-        ({"hidden_size": -1}, "hidden_size"),
-        ({"num_key_value_heads": 4}, "no multiple"),
-        ({"vocab_size": 2**40}, "vocab_size"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"intermediate_size": 161}, "shape"),
-        ({"eos_token_id": [99999]}, "eos_token_id"),
+        (Span([], 0, [0], Wants.ALL), "0 tokens"),
+        (Span([1], -1, [0], Wants.ALL), "position -1"),
+        (Span([1] * 17, 0, [0], Wants.ALL), "17 tokens at position 0 with 1 pages"),
+        (Span([1], 0, [PAGES], Wants.ALL), f"not {PAGES}"),
+        (Span([1], 0, [-1], Wants.ALL), "not -1"),
+        (Span([VOCABULARY], 0, [0], Wants.ALL), "token ids"),
+        (Span([-1], 0, [0], Wants.ALL), "token ids"),
+        (Span([1], 100_000, [0] * 6251, Wants.ALL), "beyond"),
+        (Span([1] * 257, 0, range(20), Wants.ALL), "at most 256"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_configuration_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    """A configuration that does not fit is refused with the field's name, before any large allocation."""
-    import json
-
-    checkpoint(tmp_path, {})
-    config = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(glm.CheckpointError, match=message):
-        glm.load(tmp_path)
+def test_a_wrong_span_is_refused(small: ReferenceExecutor, span: Span, message: str) -> None:
+    """The runtime's mistakes end in a ValueError, not in another sequence's memory."""
+    with pytest.raises(ValueError, match=message):
+        small.step([span])
 
 
-def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
-    """Half a weights file is a CheckpointError, not a crash."""
-    checkpoint(tmp_path, {})
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(glm.CheckpointError, match="safetensors"):
-        glm.load(tmp_path)
+def test_sizes_are_told_and_bounded(tmp_path: Path, small: ReferenceExecutor) -> None:
+    """Pages have the size that is said beforehand; weights that are too large and wrong pages are refused."""
+    assert small.block_tokens == TILE_ROWS and (small.page_count, small.max_rows) == (PAGES, 256)
+    assert small.page_bytes == page_bytes(small.architecture) == len(small.read_page(PAGES - 1))
+    with pytest.raises(ValueError, match="this one 10"):
+        small.write_page(0, b"\0" * 10)
+    with pytest.raises(ValueError, match="pages are"):
+        small.read_page(PAGES)
+    with pytest.raises(CheckpointError, match="at most 5000 may"):
+        ReferenceExecutor(open_checkpoint(tmp_path), 4, max_bytes=5000)

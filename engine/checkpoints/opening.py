@@ -1,0 +1,24 @@
+"""Opens a model, whichever format it is in: a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.checkpoints.architecture import Checkpoint, CheckpointError
+from engine.checkpoints.digest_cache import DigestCache
+from engine.checkpoints.hf import HfCheckpoint
+
+MAX_BYTES = 256 << 30
+REMEMBER_NOTHING = DigestCache(None)
+
+
+def open_checkpoint(path: Path, max_bytes: int = MAX_BYTES, digests: DigestCache = REMEMBER_NOTHING) -> Checkpoint:
+    """Raises CheckpointError, also when the weight files have more than `max_bytes`. The caller closes it."""
+    if path.suffix != ".gguf":
+        return HfCheckpoint(path, max_bytes, digests)
+    try:
+        from engine.checkpoints.gguf_reader import open_gguf  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise CheckpointError(f"{path}: GGUF files cannot be read here ({error})") from None
+    checkpoint: Checkpoint = open_gguf(path, max_bytes)
+    return checkpoint
