@@ -1,6 +1,6 @@
 """Damaged model directories by the hundred: each is refused with a CheckpointError, or is a model.
 
-`AUTOGLM_FUZZ_S=600 pytest --timeout=0 tests/unit/engine/test_checkpoint_fuzz.py -s` goes on for ten minutes with new damage.
+`AUTOGLM_FUZZ_S=600 pytest --timeout=0 -s` on this file goes on for ten minutes, with new damage each time.
 """
 
 from __future__ import annotations
