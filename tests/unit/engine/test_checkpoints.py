@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from engine.checkpoints import variant
 from engine.checkpoints.architecture import Checkpoint, CheckpointError
+from engine.checkpoints.digest_cache import DigestCache
 from engine.checkpoints.opening import open_checkpoint
 from engine.executors.reference import ReferenceExecutor
 
@@ -350,6 +351,16 @@ def test_the_digest_changes_with_everything_that_may_change_tokens(model: Path) 
     digests.append(variant.load(model, "float32").digest)
     assert len(set(digests)) == len(digests)
     assert variant.load(model, "float32").digest == digests[-1]
+
+
+def test_a_remembered_digest_is_the_same_digest(sharded: Path) -> None:
+    """Hashing the weights anew or not makes no other variant."""
+    for path in sharded.iterdir():
+        os.utime(path, (1.0, 1.0))  # files just written are not remembered
+    digests = DigestCache(sharded / "digests")
+    expected = variant.load(sharded, "float32").digest
+    assert [variant.load(sharded, "float32", digests=digests).digest for _ in range(2)] == [expected] * 2
+    assert len(list((sharded / "digests").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
