@@ -7,14 +7,16 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from engine.runtime.loop import Limits
-from services.chassis.settings import ServiceSettings
+from services.sparse_inference.oip_settings import OipSettings
 
 
-class WorkerSettings(ServiceSettings):
+class WorkerSettings(OipSettings):
     """AUTOGLM_* of `python -m services.sparse_inference`."""
 
     model_name: str = Field("glm-tiny", min_length=1, max_length=128, description="public name of the model")
-    model_dir: Path = Field(Path("models/glm-tiny"), description="checkpoint in the Hugging Face layout")
+    model_dir: Path = Field(
+        Path("models/glm-tiny"), description="checkpoint in the Hugging Face layout, or an ONNX file"
+    )
     labels: str = Field("version=v1", max_length=1024, description="k=v,k2=v2 as the pod's labels would be")
     advertise: str = Field("", max_length=64, description="ip:port Envoy reaches the worker by; empty: bind and port")
     max_weights_mib: int = Field(65_536, ge=1, le=1 << 30, description="float32 weights in memory; larger is refused")
