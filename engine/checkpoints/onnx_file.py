@@ -21,7 +21,8 @@ MODEL_FILE = "model.onnx"
 OTHER_WEIGHTS = (".safetensors", ".gguf")
 MAX_STRUCTURE_BYTES = (2 << 30) - 1
 """Largest protobuf; more weights than that live in external files."""
-MAX_FIELDS = 2_000_000
+MAX_FIELDS = 500_000
+"""A node has a dozen. Walking this many takes about a second."""
 MAX_DEPTH = 64
 MAX_EXTERNAL_FILES = 1024
 MAX_NAME_BYTES = 1024
@@ -124,8 +125,6 @@ def _walk(view: memoryview, kind: str, found: _Found, depth: int, path: Path) ->
     entry: dict[str, str] = {}
     domain = ""
     for number, value in _fields(view, found, path):
-        if value is None:
-            continue
         child = children.get(number)
         if child == "external":
             key, text = _pair(value, found, path)
@@ -159,31 +158,38 @@ def _note_external(entry: dict[str, str], found: _Found, path: Path) -> None:
     found.external[location] = max(found.external[location], numbers["offset"] + numbers["length"])
 
 
-def _fields(view: memoryview, found: _Found, path: Path) -> Iterator[tuple[int, memoryview | None]]:
-    """Field numbers with the bytes of those that have a length; None for plain numbers."""
-    at, end = 0, len(view)
+def _fields(view: memoryview, found: _Found, path: Path) -> Iterator[tuple[int, memoryview]]:
+    """Field numbers with the bytes of those that have a length; plain numbers lead nowhere and are passed over."""
+    at, end, count = 0, len(view), found.fields
     while at < end:
-        found.fields += 1
-        if found.fields > MAX_FIELDS:
+        count += 1
+        if count > MAX_FIELDS:
             raise CheckpointError(f"{path}: more than {MAX_FIELDS} protobuf fields")
-        key, at = _varint(view, at, path)
-        number, wire = key >> 3, key & 7
-        if wire == _VARINT:
-            _, at = _varint(view, at, path)
-            yield number, None
-        elif wire == _BYTES:
+        key = view[at]
+        at += 1
+        if key >= 0x80:
+            key, at = _varint(view, at - 1, path)
+        wire = key & 7
+        if wire == _BYTES:
             size, at = _varint(view, at, path)
             if size > end - at:
                 raise CheckpointError(f"{path}: not an ONNX file, or a truncated one")
-            yield number, view[at : at + size]
+            found.fields = count
+            yield key >> 3, view[at : at + size]
+            count = found.fields  # the caller has walked further meanwhile
             at += size
+        elif wire == _VARINT:
+            if at < end and view[at] < 0x80:
+                at += 1
+            else:
+                _, at = _varint(view, at, path)
         elif wire in (_FIXED32, _FIXED64):
             at += 4 if wire == _FIXED32 else 8
             if at > end:
                 raise CheckpointError(f"{path}: not an ONNX file, or a truncated one")
-            yield number, None
         else:
             raise CheckpointError(f"{path}: not an ONNX file (wire type {wire})")
+    found.fields = count
 
 
 def _varint(view: memoryview, at: int, path: Path) -> tuple[int, int]:
@@ -202,7 +208,7 @@ def _pair(view: memoryview, found: _Found, path: Path) -> tuple[str, str]:
     """Key and value of a StringStringEntryProto."""
     texts = {1: "", 2: ""}
     for number, value in _fields(view, found, path):
-        if number in texts and value is not None:
+        if number in texts:
             texts[number] = _text(value, path)
     return texts[1], texts[2]
 

@@ -118,6 +118,9 @@ class OnnxModel:
             raise CheckpointError(f"{file.path}: it has a tensor of {error.args[0]}, which is not served") from None
         if len(self.inputs) + len(self.outputs) > MAX_TENSORS:
             raise CheckpointError(f"{file.path}: more than {MAX_TENSORS} inputs and outputs")
+        self._has_bfloat16 = any(spec.dtype == BFLOAT16 for spec in (*self.inputs.values(), *self.outputs.values()))
+        if self._has_bfloat16 and any(spec.dtype == STRING for spec in self.inputs.values()):
+            raise CheckpointError(f"{file.path}: string inputs beside bfloat16 tensors, which the runtime cannot take")
 
     @classmethod
     def load(cls, path: Path, limits: Limits) -> OnnxModel:
@@ -138,8 +141,11 @@ class OnnxModel:
                 raise InputError(f"output {name[:64]!r} does not exist; there are {_listed(self.outputs)}")
         self._check(feeds)
         try:
-            values = {name: _to_runtime(array) for name, array in feeds.items()}
-            results = self._session.run_with_ort_values(names, values, run.options)
+            if self._has_bfloat16:  # which numpy does not know, so the runtime's own values go in and come out
+                values = {name: _to_runtime(array) for name, array in feeds.items()}
+                results = self._session.run_with_ort_values(names, values, run.options)
+            else:
+                results = self._session.run(names, {name: _whole(array) for name, array in feeds.items()}, run.options)
         except Exception as error:
             raise self._meaning(error, run) from None
         return self._arrays(names, results)
@@ -174,11 +180,9 @@ class OnnxModel:
     def _arrays(self, names: Sequence[str], results: Sequence[Any]) -> list[Array]:
         arrays, left = [], self._limits.output_bytes
         for name, value in zip(names, results, strict=True):
-            if not value.has_value() or not value.is_tensor():
+            array = _from_runtime(value) if self._has_bfloat16 else value
+            if not isinstance(array, np.ndarray):
                 raise RunError(f"output {name!r} has no tensor for these inputs")
-            if self.outputs[name].dtype != STRING and value.tensor_size_in_bytes() > left:
-                raise TooLarge(f"the outputs have more than the {self._limits.output_bytes} bytes that are allowed")
-            array = _from_runtime(value)
             left -= sum(len(text) + 4 for text in array.flat) if array.dtype == STRING else array.nbytes
             if left < 0:
                 raise TooLarge(f"the outputs have more than the {self._limits.output_bytes} bytes that are allowed")
@@ -231,15 +235,20 @@ def _spec(argument: Any) -> TensorSpec:
     return TensorSpec(argument.name, DTYPES[argument.type], shape)
 
 
+def _whole(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes one dimension of none
+
+
 def _to_runtime(array: Array) -> Any:
-    whole = np.ascontiguousarray(array)
-    if whole.dtype == BFLOAT16:  # numpy has no such type of its own, so the runtime takes the bits and their name
-        bits = whole.view(np.uint16)
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16_CODE)
+    whole = _whole(array)
+    if whole.dtype == BFLOAT16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole.view(np.uint16), BFLOAT16_CODE)
     return onnxruntime.OrtValue.ortvalue_from_numpy(whole)
 
 
-def _from_runtime(value: Any) -> Array:
+def _from_runtime(value: Any) -> Array | None:
+    if not value.has_value() or not value.is_tensor():
+        return None
     if value.element_type() == BFLOAT16_CODE:
         size = value.tensor_size_in_bytes()
         bits = ctypes.string_at(value.data_ptr(), size) if size else b""  # copied while `value` keeps it alive
