@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = ("tritonclient[grpc]==2.73.0", "protobuf==6.33.6", "grpcio==1.85.1", "numpy==2.4.6", "ml_dtypes==0.5.4")
+SCRIPT_S = 120.0
 NO_INDEX = ("No matching distribution", "Could not find a version", "Connection", "Temporary failure", "timed out")
 
 
@@ -40,7 +41,13 @@ def run_script(python: Path, script: Path, *arguments: str, text: str = "") -> s
     """What `script` writes to stdout; fails with its stderr when it does not end well."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
-        [python, script, *arguments], input=text, capture_output=True, text=True, env=environment, cwd=script.parent
+        [python, script, *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=script.parent,
+        timeout=SCRIPT_S,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
