@@ -29,7 +29,9 @@ class LoadCollector(Collector):
         labels = {"model_name": self._settings.model_name}
         used = load.kv_used_bytes / capacity
         block_tokens = self._worker.executor.block_tokens
-        blocks = capacity // (self._worker.variant.weights.config.kv_bytes_per_token * block_tokens)
+        blocks = getattr(self._worker.executor, "page_count", None)
+        if blocks is None:
+            blocks = capacity // (self._worker.variant.weights.config.kv_bytes_per_token * block_tokens)
         for name, text, value in (
             ("autoglm_requests_running", "Requests being computed", load.running),
             ("autoglm_requests_waiting", "Requests queued", load.waiting),
@@ -52,7 +54,7 @@ class LoadCollector(Collector):
             ("vllm:generation_tokens", "Alias of autoglm_generated_tokens", load.generated_tokens),
             ("vllm:num_preemptions", "Requests put back to be recomputed", getattr(load, "preemptions", 0)),
             ("vllm:spec_decode_num_drafts", "Guesses at next tokens", getattr(load, "drafts", 0)),
-            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed", getattr(load, "draft_tokens", 0)),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed", getattr(load, "drafted_tokens", 0)),
             ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right", getattr(load, "accepted_tokens", 0)),
         ):
             yield _counter(name, text, labels, value)

@@ -19,7 +19,7 @@ from autoglm.type.v1 import generation_pb2
 from onnx.reference import ReferenceEvaluator
 
 from tests.fakes import onnx_models as models
-from tests.fakes.processes import Service, running
+from tests.fakes.processes import REPOSITORY, Service, running
 from tests.fakes.venvs import TRITON, python_with, run_script
 
 SCRIPT = Path(__file__).parent / "triton_client" / "real_client.py"
@@ -103,6 +103,16 @@ def test_errors_have_their_codes(said: dict[str, Any]) -> None:
     """An unknown model is NOT_FOUND and names what is here; the client's timeout is a deadline."""
     assert said["unknown_model"][0] == "StatusCode.NOT_FOUND" and "glm-tiny" in said["unknown_model"][1]
     assert said["client_timeout"][0] == "StatusCode.DEADLINE_EXCEEDED"
+
+
+def test_the_documented_example_works(triton: Path, worker: Service, tmp_path: Path) -> None:
+    """The example of docs/open-inference-protocol.md, run as it stands but for the port, prints Python code."""
+    text = (REPOSITORY / "docs" / "open-inference-protocol.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0]
+    assert "127.0.0.1:50060" in example
+    script = tmp_path / "example.py"
+    script.write_text(example.replace("127.0.0.1:50060", worker.address))
+    assert len(run_script(triton, script).split()) > 3
 
 
 def test_a_convolution_net_is_served(triton: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
