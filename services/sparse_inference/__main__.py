@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
+import uuid
+from pathlib import Path
 
 # One BLAS thread per worker: products are small, and workers share the machine. Must be set before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc as rpc
+from autoglm.third_party import oip_pb2_grpc
 
+from engine.checkpoints import architecture, onnx_file
 from engine.checkpoints import variant as variants
 from engine.checkpoints.architecture import CheckpointError
 from engine.checkpoints.digest_cache import DigestCache, default_cache_directory
@@ -20,9 +25,10 @@ from engine.runtime.pages import PagePool
 from services.chassis.channels import connect
 from services.chassis.serving import Member
 from services.chassis.settings import read
-from services.sparse_inference import metrics
-from services.sparse_inference.clients import CacheClient, LeaseClient
+from services.sparse_inference import metrics, oip
+from services.sparse_inference.clients import CacheClient, LeaseClient, TokenizerClient
 from services.sparse_inference.lease import Lease
+from services.sparse_inference.oip_text import TextModel
 from services.sparse_inference.prefixes import Prefixes
 from services.sparse_inference.server import SERVICE, SparseInferenceServer
 from services.sparse_inference.settings import WorkerSettings
@@ -34,7 +40,9 @@ LEAVE_S = 2.0
 
 async def main() -> None:
     settings = read(WorkerSettings)
-    member = Member("sparse-inference", settings, [SERVICE])
+    member = Member("sparse-inference", settings, [SERVICE, oip.SERVICE])
+    if (file := onnx_file.find(settings.model_dir)) is not None:
+        return await _serve_onnx(settings, member, file)
     limit = settings.max_weights_mib << 20
     remembered = (settings.cache_dir or default_cache_directory()) / "digests" if settings.remember_digests else None
     digests = DigestCache(remembered)
@@ -52,11 +60,24 @@ async def main() -> None:
     cache, scheduler = connect(settings, "cache"), connect(settings, "scheduler")
     prefixes = Prefixes(pages, CacheClient(cache), settings.cache_budget_ms / 1000, settings.publish_queue)
     arch = variant.architecture
-    tokenizer = tokenizer_of(variant.path)
-    compiler = Compiler(tokenizer, arch.vocab_size, arch.end_token_ids, settings.constraint_limits)
+    compiler = Compiler(tokenizer_of(variant.path), arch.vocab_size, arch.end_token_ids, settings.constraint_limits)
     worker = Worker(settings, variant, executor, prefixes, pages, compiler)
     metrics.register(settings, worker)
-    rpc.add_SparseInferenceServiceServicer_to_server(SparseInferenceServer(settings, worker), member.server)
+    server = SparseInferenceServer(settings, worker)
+    rpc.add_SparseInferenceServiceServicer_to_server(server, member.server)
+    tokenizer = connect(settings, "tokenizer")
+    model = TextModel(
+        settings,
+        settings.model_name,
+        variant.tokenizer_digest,
+        lambda: worker.draining,
+        server.Generate,
+        TokenizerClient(tokenizer, settings.tokenizer_timeout_ms / 1000),
+        new_seed=lambda: secrets.randbits(63),
+        new_id=lambda: uuid.uuid4().hex,
+    )
+    face = oip.OipServer(settings, model)
+    oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(face, member.server)
     worker.start()
     await member.start()
     await member.ready()
@@ -67,6 +88,7 @@ async def main() -> None:
     async def leave() -> None:
         await lease.drain()
         worker.drain()
+        face.drain()
 
     member.before_drain(leave)
     await member.run()
@@ -77,6 +99,22 @@ async def main() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     await cache.close(None)
     await scheduler.close(None)
+    await tokenizer.close(None)
+
+
+async def _serve_onnx(settings: WorkerSettings, member: Member, file: Path) -> None:
+    """The whole life of a worker whose model is an ONNX file."""
+    try:
+        from services.sparse_inference import onnx_worker  # needs onnxruntime, which no other model does
+
+        model = await onnx_worker.load(settings, file)
+    except ImportError as error:
+        print(f"AUTOGLM_MODEL_DIR: {file} needs {error.name}; pip install --group onnx", file=sys.stderr)
+        raise SystemExit(2) from None
+    except architecture.CheckpointError as error:
+        print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    await onnx_worker.serve(settings, member, model)
 
 
 if __name__ == "__main__":

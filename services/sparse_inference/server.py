@@ -18,6 +18,7 @@ from engine.runtime.sampling import Logprobs, Sampling
 from engine.runtime.sequences import Finished, FinishReason, Request, Tokens
 from services.chassis import telemetry
 from services.chassis.errors import InvalidRequest, WrongVariant
+from services.sparse_inference.observation import watch
 from services.sparse_inference.settings import WorkerSettings
 from services.sparse_inference.worker import Worker
 
@@ -54,7 +55,8 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         digest = self._worker.variant.digest
         asked = self._request_of(request)
         first, position = True, request.resumed_tokens
-        async with contextlib.aclosing(self._worker.run(asked, request.tenant, _constraint(request))) as events:  # type: ignore[type-var]
+        run = self._worker.run(asked, request.tenant, _constraint(request))
+        async with contextlib.aclosing(watch(self._settings.model_name, asked, run)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     self._note_end(span, event)

@@ -9,15 +9,15 @@ from pydantic import Field, field_validator
 
 from engine.runtime.constraints import CompilerLimits
 from engine.runtime.loop import Limits
-from services.chassis.settings import ServiceSettings
+from services.sparse_inference.oip_settings import OipSettings
 
 
-class WorkerSettings(ServiceSettings):
+class WorkerSettings(OipSettings):
     """AUTOGLM_* of `python -m services.sparse_inference`."""
 
     model_name: str = Field("glm-tiny", min_length=1, max_length=128, description="public name of the model")
     model_dir: Path = Field(
-        Path("models/glm-tiny"), description="directory in the Hugging Face layout, or a .gguf file"
+        Path("models/glm-tiny"), description="directory in the Hugging Face layout, a .gguf or an .onnx file"
     )
     cache_dir: Path | None = Field(None, description="what can be computed again; unset: autoglm in the user's caches")
     remember_digests: bool = Field(True, description="keep digests of unchanged weight files, so that starts are quick")
