@@ -44,7 +44,7 @@ class LoadCollector(Collector):
             ),
             ("autoglm_engine_steps", "Steps of the engine", load.steps),
             ("autoglm_preemptions", "Requests that stepped back for want of pages", load.preemptions),
-            ("autoglm_drafted_tokens", "Tokens guessed ahead", load.drafted_tokens),
+            ("autoglm_draft_tokens", "Tokens guessed ahead", load.draft_tokens),
             ("autoglm_accepted_drafts", "Guessed tokens that were right", load.accepted_tokens),
         )
         for name, text, value in counters:
