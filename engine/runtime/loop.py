@@ -355,7 +355,10 @@ class Loop:
         )
         draft = lookup.draft(most)
         if draft and sequence.request.matcher is not None:
-            draft = draft[: sequence.request.matcher.allowed(draft)]
+            try:
+                draft = draft[: sequence.request.matcher.allowed(draft)]
+            except ConstraintError:  # told when a token is drawn; until then it drafts no more
+                sequence.lookup, draft = None, []
         return draft
 
     def _advance(self, sequence: Running, span: Span, drafts: list[int], logits: F32 | None) -> None:
