@@ -58,9 +58,13 @@ def works(settings: Settings) -> list[Work]:
         Work("decode batch 1", "decode", 1, new=64),
         Work("decode batch 8", "decode", 8, new=32),
         Work("prefill 512", "prefill", tokens=512),
-        Work("prefill 2048", "prefill", tokens=2048),
+        Work("prefill 2048", "prefill", tokens=2048, tuned_as="prefill 512"),
     ]
-    found += [Work(f"decode batch {n}", "decode", n, new=24, for_bars=False) for n in CURVE if n not in (1, 8)]
+    found += [
+        Work(f"decode batch {n}", "decode", n, new=24, for_bars=False, tuned_as="decode batch 8")
+        for n in CURVE
+        if n not in (1, 8)
+    ]
     return [work for work in found if not settings.works or work.name in settings.works]
 
 
@@ -158,6 +162,7 @@ def main(
     if prepare:
         _prepare(chosen, environments, settings)
         return
+    print("the wall", flush=True)
     meter = wall.Meter(wall.build(environments.folder / "wall"), threads)
     walls = [asdict(found) for found in meter.survey()]
     found = {shape.name: compare(shape, environments, settings, meter) for shape in chosen}

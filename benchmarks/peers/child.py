@@ -45,6 +45,10 @@ class Child:
             )
         self._log, self._pending = log, b""
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request. Raises Failed or NotMeasured."""
         assert self._process.stdin is not None

@@ -25,8 +25,8 @@ class Contestant:
     model: Callable[[Environments, Shape], Path | str]
     options: dict[str, Any] = field(default_factory=dict)
     """For loading."""
-    tunes: tuple[dict[str, Any], ...] = ({},)
-    """Options of a measurement to choose from: the best of each kind of work is kept."""
+    tunes: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
+    """Options of a measurement to choose from, by op; the best is kept for each kind of work."""
     informational: bool = False
     """True: shown, but in no bar and not in every kind of work."""
 
@@ -35,14 +35,15 @@ class Contestant:
         return self.peer == "ours"
 
 
-LLAMA_TUNES = (
-    {"flash": 1, "ubatch": 512},
-    {"flash": 0, "ubatch": 512},
-    {"flash": 1, "ubatch": 128},
-    {"flash": 0, "ubatch": 128},
-    {"flash": 1, "ubatch": 2048},
-    {"flash": 1, "ubatch": 512, "unified": 1},
-)
+LLAMA_TUNES: dict[str, tuple[dict[str, Any], ...]] = {
+    "decode": ({"flash": 1}, {"flash": 0}, {"flash": 1, "unified": 1}),
+    "prefill": (
+        {"flash": 1, "ubatch": 512},
+        {"flash": 0, "ubatch": 512},
+        {"flash": 1, "ubatch": 128},
+        {"flash": 1, "ubatch": 2048},
+    ),
+}
 
 
 def _llama(kind: str, bits: int, head_bits: str, informational: bool = False) -> Contestant:

@@ -30,6 +30,8 @@ class Work:
     tokens: int = 0
     for_bars: bool = True
     """False: a point of the batch curve, for our engine and llama.cpp only."""
+    tuned_as: str = ""
+    """Name of an earlier work whose options this one takes; empty: its own are tuned."""
 
     def request(self) -> dict[str, Any]:
         if self.op == "decode":
@@ -63,19 +65,22 @@ class Entrant:
 
 
 def tune(
-    child: Child, works: list[Work], candidates: tuple[dict[str, Any], ...], repeats: int
+    child: Child, works: list[Work], candidates: dict[str, tuple[dict[str, Any], ...]], repeats: int
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The best candidate of each work and the log of all that was tried. Raises Failed or NotMeasured."""
     best: dict[str, dict[str, Any]] = {}
     log: list[dict[str, Any]] = []
     for work in works:
+        choices = candidates.get(work.op, ({},))
+        if work.tuned_as in best:
+            best[work.name] = best[work.tuned_as]
+            continue
         tried: list[tuple[float, dict[str, Any]]] = []
-        for options in candidates if len(candidates) > 1 else ():
+        for options in choices if len(choices) > 1 else ():
             answers = [child.ask(**_short(work).request(), options=options) for _ in range(repeats)]
             tried.append((max(work.figure(answer) for answer in answers), options))
-        for speed, options in tried:
-            log.append({"work": work.name, "options": options, "tokens_per_s": round(speed, 2)})
-        best[work.name] = max(tried, key=lambda pair: pair[0])[1] if tried else candidates[0]
+            log.append({"work": work.name, "options": options, "tokens_per_s": round(tried[-1][0], 2)})
+        best[work.name] = max(tried, key=lambda pair: pair[0])[1] if tried else choices[0]
     return best, log
 
 
@@ -111,7 +116,7 @@ def measure(
 
 def _short(work: Work) -> Work:
     """Enough of the work to choose options by."""
-    return Work(work.name, work.op, work.batch, work.prompt, min(work.new, 24), work.tokens)
+    return Work(work.name, work.op, work.batch, work.prompt, min(work.new, 16), work.tokens)
 
 
 def _processor_time() -> list[int]:

@@ -47,9 +47,13 @@ class Llama:
 
     def decode(self, prompt: int, new: int, batch: int, options: dict[str, Any]) -> list[float]:
         self._open(batch, batch * (prompt + new + 8), options)
-        for sequence in range(batch):
+        unified = options.get("unified", 0) == 1
+        for sequence in range(batch if unified else 1):
             tokens = self._random.integers(0, self._vocabulary, prompt)
             self._run(tokens, range(prompt), [sequence] * prompt, [False] * (prompt - 1) + [True])
+        for sequence in range(1, 1 if unified else batch):
+            # Each sequence has a cache of its own, so this copies bytes: the steps read as much as with other prompts.
+            api.llama_memory_seq_cp(api.llama_get_memory(self._context), 0, sequence, -1, -1)
         tokens = self._random.integers(0, self._vocabulary, batch)
         took = []
         for step in range(new):
