@@ -194,6 +194,8 @@ def main(
 def _prepare(chosen: list[Shape], environments: Environments, settings: Settings) -> None:
     for shape in chosen:
         for contestant in contestants(shape):
+            if settings.only and not contestant.name.startswith(settings.only):
+                continue
             try:
                 print(f"{shape.name} {contestant.name}: {contestant.model(environments, shape)}", flush=True)
             except Unavailable as error:

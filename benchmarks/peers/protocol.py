@@ -8,11 +8,15 @@ environments.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 from typing import Any, Protocol, TextIO
+
+PR_SET_PDEATHSIG = 1
 
 
 class Peer(Protocol):
@@ -30,6 +34,7 @@ class Peer(Protocol):
 
 def serve(peer: Peer) -> None:
     """Answers requests from standard input until it ends. What a library prints goes to standard error instead."""
+    _die_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -41,6 +46,14 @@ def serve(peer: Peer) -> None:
         except Exception as error:  # the parent reports it and goes on with other peers
             answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
         _say(answers, answer)
+
+
+def _die_with_parent() -> None:
+    """A frozen process does not notice that its parent is gone; Linux kills it then, elsewhere it stays."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (AttributeError, OSError):
+        pass
 
 
 def _do(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
