@@ -46,9 +46,10 @@ def _curve(axis: Any, shape: str, works: dict[str, dict[str, dict[str, float]]])
         if work.startswith("decode batch "):
             for name, found in measured.items():
                 lines.setdefault(name, []).append((int(work.rpartition(" ")[2]), found["median"]))
-    for name, points in sorted(lines.items()):
-        if len(points) > 2:
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name, color=_colour(name))
+    long = [(name, sorted(points)) for name, points in sorted(lines.items()) if len(points) > 2]
+    for number, (name, points) in enumerate(long):
+        style = ("-", "--", ":", "-.")[number % 4]  # the colour is the engine's, whatever its weights
+        axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=_colour(name))
     axis.set_title(f"{shape}, decode by batch", fontsize=9)
     axis.tick_params(labelsize=7)
     if axis.lines:
