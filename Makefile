@@ -11,7 +11,7 @@ PROTOS := $(shell find protos/autoglm -name '*.proto' | sort)
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke stop status test check format proto proto-into proto-check proto-release bench model packages clean
+.PHONY: help run smoke stop status test check format proto proto-into proto-check proto-release bench bench-peers model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,6 +65,10 @@ proto-release: $(VENV)/.dev-stamp ## declare the protos as they are to be the re
 
 bench: $(VENV)/.dev-stamp ## measure the claims and write benchmarks/results
 	$(TEST_ENV) $(BIN)/python -m benchmarks.mesh
+
+bench-peers: $(VENV)/.dev-stamp ## our engine beside llama.cpp, OpenVINO and ONNX Runtime (first time: an hour and 20 GB of disk; ARGS=--help)
+	$(PIP) install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 model: $(VENV)/.dev-stamp ## train glm-tiny again from the standard library (up to two hours on two cores; resumes)
 	$(BIN)/python -m services.trainer.pretrain
