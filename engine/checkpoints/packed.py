@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import autoglm_kernels as kernels
@@ -148,7 +149,7 @@ def open_packed(path: Path, expected: list[Entry], resident: bool) -> PackedWeig
         if resident:
             memory = _huge(size - base)
             file.seek(base)
-            if file.readinto(memoryview(memory)) != size - base:
+            if file.readinto(memory.data) != size - base:
                 raise CheckpointError(f"{path}: ends too early")
         else:
             mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
@@ -241,24 +242,28 @@ def _pack_matrix(checkpoint: Checkpoint, entry: Entry, memory: U8, pool: ThreadP
         blank = np.zeros((stop - first, entry.columns), np.float32)
         kernels.pack_rows(form.kind, form.layout, entry.rows, form.group, blank, first, data, scales)
 
-    # Sixteen rows share bytes in every layout with nibbles, so pieces are cut at multiples of 64 and packed in turn
-    # by one thread each.
+    # Rows share bytes: of a panel's scales or of a nibble. Pieces are cut at multiples of 64 rows, so that threads that
+    # pack different pieces never write into the same bytes; in columns they always would.
     step = max(64, ROWS_AT_ONCE // max(1, entry.columns) // 64 * 64)
-    jobs = []
+    jobs: list[Callable[[], None]] = []
+    apart = form.layout != "columns"
     at = 0
     for source, layer, rows, room in _sources(checkpoint.architecture, entry):
+        apart = apart and at % 64 == 0
         for first in range(0, rows, step):
-            jobs.append((piece, (source, layer, first, min(rows, first + step), at + first)))
+            jobs.append(partial(piece, source, layer, first, min(rows, first + step), at + first))
         if room > rows:
-            jobs.append((zeros, (at + rows, at + room)))
+            jobs.append(partial(zeros, at + rows, at + room))
+            apart = False
         at += room
     if padded > at:
-        jobs.append((zeros, (at, padded)))
-    if form.layout == "columns" or any((args[-1] % 64) for _, args in jobs):
-        for function, args in jobs:  # neighbours would write into the same bytes
-            function(*args)
+        jobs.append(partial(zeros, at, padded))
+        apart = apart and at % 64 == 0
+    if not apart:  # neighbours would write into the same bytes
+        for job in jobs:
+            job()
         return
-    for future in [pool.submit(function, *args) for function, args in jobs]:
+    for future in [pool.submit(job) for job in jobs]:
         future.result()
 
 

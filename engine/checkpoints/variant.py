@@ -7,7 +7,6 @@ still the ones that were hashed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +101,8 @@ def _generation_digest(directory: Path) -> str:
 
 def _digest(weights: str, arch: Architecture, generation: str, tokens: str, arithmetic: str) -> str:
     """sha256 over the weights, the architecture, the generation settings, the tokenizer and the arithmetic plan."""
-    hasher = hashlib.sha256(b"autoglm-variant-3\0")
-    plan = {"arithmetic": arithmetic, "sparsity": "none", "bits": 32}
-    for part in (weights, repr(arch), generation, tokens, json.dumps(plan, sort_keys=True)):
+    hasher = hashlib.sha256(b"autoglm-variant-4\0")
+    for part in (weights, repr(arch), generation, tokens, arithmetic):
         data = part.encode()
         hasher.update(len(data).to_bytes(8, "little") + data)
     return f"sha256:{hasher.hexdigest()}"

@@ -54,8 +54,8 @@ class LoadCollector(Collector):
             ("autoglm_accepted_drafts", "Guessed tokens that were right", load.accepted_tokens),
             ("vllm:generation_tokens", "Alias of autoglm_generated_tokens", load.generated_tokens),
             ("vllm:num_preemptions", "Requests put back to be recomputed", load.preemptions),
-            ("vllm:spec_decode_num_drafts", "Guesses at next tokens", getattr(load, "drafts", 0)),
-            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed", load.drafted_tokens),
+            ("vllm:spec_decode_num_drafts", "Guesses at next tokens", load.drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed", load.draft_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right", load.accepted_tokens),
         ):
             yield _counter(name, text, labels, value)
