@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.checkpoints.architecture import Checkpoint, CheckpointError
+from engine.checkpoints.architecture import Checkpoint
 from engine.checkpoints.digest_cache import DigestCache
+from engine.checkpoints.gguf_reader import GgufCheckpoint
 from engine.checkpoints.hf import HfCheckpoint
 
 MAX_BYTES = 256 << 30
@@ -16,9 +17,4 @@ def open_checkpoint(path: Path, max_bytes: int = MAX_BYTES, digests: DigestCache
     """Raises CheckpointError, also when the weight files have more than `max_bytes`. The caller closes it."""
     if path.suffix != ".gguf":
         return HfCheckpoint(path, max_bytes, digests)
-    try:
-        from engine.checkpoints.gguf_reader import open_gguf  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise CheckpointError(f"{path}: GGUF files cannot be read here ({error})") from None
-    checkpoint: Checkpoint = open_gguf(path, max_bytes)
-    return checkpoint
+    return GgufCheckpoint(path, max_bytes, digests)

@@ -33,6 +33,8 @@ def inverse_frequencies(arch: Architecture) -> F64:
         plain = _llama3(plain, arch)
     elif scaling.kind == "yarn":
         plain = _yarn(powers, arch)
+    elif scaling.kind == "factors":
+        plain = plain / np.array(scaling.factors, dtype=np.float32)
     return plain.astype(np.float64)
 
 
