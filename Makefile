@@ -11,7 +11,7 @@ PROTOS := $(shell find protos/autoglm -name '*.proto' | sort)
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke stop status test check format proto proto-into proto-check proto-release bench model packages clean
+.PHONY: help run smoke stop status test fuzz check format proto proto-into proto-check proto-release bench model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ status: $(VENV)/.run-stamp ## what runs, on which ports, under which policy
 
 test: $(VENV)/.dev-stamp ## every test: real processes, real Envoy
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+fuzz: $(VENV)/.dev-stamp ## open damaged model files for ten minutes (MINUTES=…): nothing but typed errors may come out
+	$(TEST_ENV) $(BIN)/python -m tests.long.fuzz_checkpoints --minutes $(or $(MINUTES),10)
 
 check: $(VENV)/.dev-stamp proto-check ## format, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""`python -m engine.checkpoints.export MODEL OUT [--type q8_0]`: a model as a GGUF file, or as an ONNX graph (.onnx)."""
+"""`python -m engine.checkpoints.export MODEL OUT [--type q8_0]`: a model as a .gguf file, or as an .onnx graph."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Writes any opened model as a GGUF file (version 3), in the layout llama.cpp's converters give.
 
-Weights are written row by row, so memory stays small. Vectors stay F32. Query and key rows of Llama and MiniCPM are put
-into the order of interleaved rotary pairs. GGUF has no word for an activation: `autoglm.activation` says it, which other
-programs do not read, and `Exported.notes` says so. A file appears under its name only when it is whole.
+Weights are written row by row, so memory stays small. Vectors stay F32. Query and key rows of Llama and MiniCPM are
+put into the order of interleaved rotary pairs. GGUF has no word for an activation: `autoglm.activation` says it, which
+other programs do not read, and `Exported.notes` says so. A file appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.checkpoints.architecture import F32, Architecture, Checkpoint, CheckpointError, present_tensors, tensor_shape
+from engine.checkpoints.architecture import (
+    F32,
+    Architecture,
+    Checkpoint,
+    CheckpointError,
+    present_tensors,
+    tensor_shape,
+)
 from engine.checkpoints.gguf_blocks import encode
 from engine.checkpoints.gguf_header import BLOCKS, Value
 from engine.checkpoints.gguf_reader import (

@@ -75,7 +75,8 @@ def _nibbles(packed: U8) -> U8:
 
 def _fifth_bits(blocks: U8, at: int) -> U8:
     """32 bits at byte `at`, each as 0 or 16."""
-    return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
+    bits: U8 = np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
+    return bits
 
 
 def _q8_0(blocks: U8) -> F32:

@@ -24,8 +24,8 @@ MAX_HEADER_BYTES = 96 << 20
 MAX_KEYS = 4096
 MAX_KEY_BYTES = 1024
 MAX_STRING_BYTES = 32 << 20
-MAX_STRINGS = 1_500_000
-"""Elements of all string arrays together: twice the largest vocabulary in use and its merges."""
+MAX_STRINGS = 1_000_000
+"""Elements of all string arrays together: the largest vocabularies in use and their merges have 850,000."""
 MAX_ARRAY_BYTES = 32 << 20
 """Of one array of numbers."""
 MAX_TENSORS = 10_000
@@ -101,7 +101,9 @@ class Header:
         """An integer in [low, high]. Raises CheckpointError, also when it is missing and has no default."""
         value = self.metadata.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise CheckpointError(f"{self.path}: {key} is {_short(value)}; a whole number from {low} to {high} is needed")
+            raise CheckpointError(
+                f"{self.path}: {key} is {_short(value)}; a whole number from {low} to {high} is needed"
+            )
         return value
 
     def real(self, key: str, low: float, high: float, default: float | None = None) -> float:
@@ -275,7 +277,13 @@ class _Cursor:
             self.fail(f"key {key[:100]!r} is an array of {count} strings; at most {MAX_STRINGS} are read")
         # The one loop that runs hundreds of thousands of times: everything in local variables.
         found: list[bytes] = []
-        append, unpack, data, place, known = found.append, _LENGTH.unpack_from, self._data, self.position, len(self._data)
+        append, unpack, data, place, known = (
+            found.append,
+            _LENGTH.unpack_from,
+            self._data,
+            self.position,
+            len(self._data),
+        )
         for _ in range(count):
             if place + 8 > known:
                 self._need(place + 8)

@@ -1,8 +1,8 @@
 """A GGUF file, opened as a `Checkpoint`: metadata to `Architecture`, blocks to float32 rows.
 
-Names and meanings follow llama.cpp's converters. Its "llama" and "minicpm" files keep query and key rows in rotary pairs
-(0,1), (2,3) …; such a model is given back as `rotary_interleaved`, which computes the same logits. What GGUF has no word
-for stands under keys of our own, `autoglm.*`, that `export_gguf` writes: the activation, more than one end token.
+Names and meanings follow llama.cpp's converters. Its "llama" and "minicpm" files keep query and key rows in rotary
+pairs (0,1), (2,3) …; such a model is given back as `rotary_interleaved`, which computes the same logits. What GGUF has
+no word for stands under keys of our own, `autoglm.*`, that `export_gguf` writes: the activation, all end tokens.
 """
 
 from __future__ import annotations
@@ -140,9 +140,7 @@ class GgufCheckpoint:
         step = PIECE_ELEMENTS  # a multiple of every block
         for first in range(0, flat.size, step):
             piece = flat[first : first + step]
-            piece[:] = self._read_row(
-                name, stored, stored.begin + (start * row + first) // elements * size, piece.size
-            )
+            piece[:] = self._read_row(name, stored, stored.begin + (start * row + first) // elements * size, piece.size)
         return out
 
     def _read_row(self, name: str, stored: Stored, position: int, count: int) -> F32:
@@ -212,10 +210,10 @@ class GgufCheckpoint:
 
     def _read_architecture(self) -> Architecture:
         header = self.header
-        kind = header.text("general.architecture")
+        kind = header.text("general.architecture", "") or ""
         if kind not in FAMILIES:
             raise CheckpointError(
-                f"{self.path}: general.architecture is {str(kind)[:100]!r}; readable are {', '.join(FAMILIES)}"
+                f"{self.path}: general.architecture is {kind[:100]!r}; readable are {', '.join(FAMILIES)}"
             )
         family, interleaved = FAMILIES[kind]
         _refuse_what_is_unknown(header, kind)
@@ -282,7 +280,9 @@ class GgufCheckpoint:
         if name == "none":
             return RopeScaling()
         if name not in ("linear", "yarn"):
-            raise CheckpointError(f"{self.path}: {stem}type is {str(name)[:100]!r}; none, linear and yarn are supported")
+            raise CheckpointError(
+                f"{self.path}: {stem}type is {str(name)[:100]!r}; none, linear and yarn are supported"
+            )
         factor = header.real(f"{stem}factor", 1.0, 1e6)
         if name == "linear":
             return RopeScaling(kind="linear", factor=factor)
@@ -312,9 +312,8 @@ def _refuse_what_is_unknown(header: Header, kind: str) -> None:
         if f"{kind}.{name}" in header.metadata:
             raise CheckpointError(f"{header.path}: {kind}.{name} is not supported")
     context = header.whole(f"{kind}.context_length", 1, 1 << 24)
-    if header.whole(f"{kind}.attention.sliding_window", 0, 1 << 32, context) not in range(0, 1) and (
-        header.whole(f"{kind}.attention.sliding_window", 0, 1 << 32, context) < context
-    ):
+    window = header.whole(f"{kind}.attention.sliding_window", 0, 1 << 32, 0)
+    if 0 < window < context:
         raise CheckpointError(f"{header.path}: sliding windows are not supported")
 
 

@@ -15,7 +15,16 @@ from typing import Any
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.files import read_bounded
 from engine.checkpoints.gguf_header import Value
-from engine.checkpoints.gguf_tokenizer import BYTE, CONTROL, HF_JSON, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
+from engine.checkpoints.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    HF_JSON,
+    NORMAL,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 from engine.checkpoints.json_files import parse_object, read_object
 
 MAX_TOKENIZER_BYTES = 32 << 20

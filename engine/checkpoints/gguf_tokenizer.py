@@ -1,9 +1,9 @@
 """The tokenizer inside a GGUF file, as the text files of a model directory. Standard library only.
 
 Called by the tokenizer service in place of reading tokenizer.json and tokenizer_config.json. A file may carry the
-original tokenizer.json (`tokenizer.huggingface.json`), which is used when its ids are those of the token list. Otherwise
-one is built: byte-level BPE ("gpt2") with one of the pre-tokenizers below, or SentencePiece ("llama") with scores, whose
-merges follow from the scores. A pre-tokenizer that is not listed is refused: other rules would give other ids.
+original tokenizer.json (`tokenizer.huggingface.json`), which is used when its ids are those of the token list.
+Otherwise one is built: byte-level BPE ("gpt2") with one of the pre-tokenizers below, or SentencePiece ("llama") with
+scores, whose merges follow from the scores. A pre-tokenizer that is not listed is refused: it would give other ids.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ CONTROL, USER_DEFINED, UNUSED, BYTE, UNKNOWN, NORMAL = 3, 4, 5, 6, 2, 1
 """tokenizer.ggml.token_type."""
 HF_JSON = "tokenizer.huggingface.json"
 MAX_TOKENS = 1_000_000
-MAX_TOKEN_CHARACTERS = 1024
-"""Longer entries of a SentencePiece vocabulary are not looked at for merges (quadratic work)."""
+MAX_TOKEN_CHARACTERS = 128
+"""Longer entries of a SentencePiece vocabulary are not looked at for merges (its trainer makes none)."""
+MAX_CHARACTERS = 4_000_000
+"""Of all entries of such a vocabulary together; each is a place where a merge is looked for."""
 
 _GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -63,7 +65,9 @@ def read_text_files(path: Path) -> TextFiles:
     header = read_header(path)
     tokens = header.texts("tokenizer.ggml.tokens")
     if not tokens or len(tokens) > MAX_TOKENS:
-        raise CheckpointError(f"{path}: tokenizer.ggml.tokens has {len(tokens or ())} entries; 1 to {MAX_TOKENS} are read")
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokens or ())} entries; 1 to {MAX_TOKENS} are read"
+        )
     if len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds an entry twice")
     types = header.numbers("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
@@ -200,6 +204,8 @@ def _sentencepiece(header: Header, tokens: Sequence[str], types: Sequence[float]
     unknown = next((token for index, token in enumerate(tokens) if types[index] == UNKNOWN), None)
     prefixed = header.flag("tokenizer.ggml.add_space_prefix", True)
     normal = {token: index for token, index in vocabulary.items() if types[index] == NORMAL}
+    if sum(map(len, normal)) > MAX_CHARACTERS:
+        raise CheckpointError(f"{header.path}: the vocabulary has more than {MAX_CHARACTERS} characters")
     before = [{"type": "Prepend", "prepend": "▁"}] if prefixed else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
     return {

@@ -34,7 +34,8 @@ def inverse_frequencies(arch: Architecture) -> F64:
     elif scaling.kind == "yarn":
         plain = _yarn(powers, arch)
     elif scaling.kind == "factors":
-        plain = plain / np.array(scaling.factors, dtype=np.float32)
+        factors: F32 = np.array(scaling.factors, dtype=np.float32)
+        plain = plain / factors
     return plain.astype(np.float64)
 
 

@@ -114,7 +114,10 @@ class Chats:
 
 
 def read_template(directory: Path, max_bytes: int) -> tuple[str | None, dict[str, str]]:
-    """(template source or None, special tokens by variable name) of a model directory or .gguf file. Raises UnusableTokenizer."""
+    """(template source or None, special tokens by variable name) of a directory or .gguf file.
+
+    Raises UnusableTokenizer.
+    """
     if directory.suffix == ".gguf":
         return _from_gguf(directory, max_bytes)
     config = _read_json(directory / "tokenizer_config.json", max_bytes)

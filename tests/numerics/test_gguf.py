@@ -119,7 +119,9 @@ def test_a_model_computes_the_same_after_export(name: str, tmp_path: Path) -> No
     assert arch.parameters == before.parameters
     stored = {each.name: each for each in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     down = stored["blk.0.ffn_down.weight"]
-    assert np.array_equal(down.data, checkpoint.tensor("down", 0)) and np.array_equal(down.data, original.tensor("down", 0))
+    assert np.array_equal(down.data, checkpoint.tensor("down", 0)) and np.array_equal(
+        down.data, original.tensor("down", 0)
+    )
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
