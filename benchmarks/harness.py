@@ -118,7 +118,7 @@ def running(replicas: str = "", timeout_s: float = 90.0, **environment: str) -> 
             "AUTOGLM_RUN_DIR": str(root),
             "AUTOGLM_POLICY_DIR": str(policy),
             "AUTOGLM_REPLICAS": replicas,
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "sdk"))),
         }
         | environment,
         dies_with_us=True,

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 HASH_BYTES = 32
+_WORD_BYTES = array.array("I").itemsize
 
 
 def scope_key(variant_digest: str, tenant: str, block_tokens: int) -> bytes:
@@ -27,17 +28,19 @@ def scope_key(variant_digest: str, tenant: str, block_tokens: int) -> bytes:
 
 def block_hashes(scope: bytes, token_ids: Sequence[int], block_tokens: int) -> list[bytes]:
     """One 32-byte hash per whole block of `block_tokens` ids; hash i covers every token up to the end of block i."""
-    words = array.array("I", token_ids)
-    if sys.byteorder == "big":
-        words.byteswap()
-    data = words.tobytes()
-    size = block_tokens * words.itemsize
+    data = _packed(token_ids)
+    size = block_tokens * _WORD_BYTES
     hashes: list[bytes] = []
     parent = scope
     for start in range(0, len(data) - size + 1, size):
         parent = hashlib.blake2b(data[start : start + size], digest_size=HASH_BYTES, key=parent).digest()
         hashes.append(parent)
     return hashes
+
+
+def next_hash(parent: bytes, block: Sequence[int]) -> bytes:
+    """The hash of one more whole block after the one named `parent` (the scope key before the first)."""
+    return hashlib.blake2b(_packed(block), digest_size=HASH_BYTES, key=parent).digest()
 
 
 def block_checksum(scope: bytes, block_hash: bytes, payload: bytes) -> bytes:
@@ -49,3 +52,10 @@ def block_checksum(scope: bytes, block_hash: bytes, payload: bytes) -> bytes:
     hasher.update(block_hash)
     hasher.update(payload)
     return hasher.digest()
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    words = array.array("I", token_ids)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()

@@ -35,7 +35,7 @@ def export(
                 bar.update(task, completed=done, total=total)
 
             if out.suffix == ".onnx":
-                from engine.checkpoints.export_onnx import export_onnx  # needs the group `onnx`
+                from engine.checkpoints.export_onnx import export_onnx  # needs the group `export`
 
                 written = Exported(export_onnx(checkpoint, out), ())
             elif out.suffix == ".gguf":

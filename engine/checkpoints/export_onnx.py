@@ -3,7 +3,7 @@
 Inputs are `input_ids` int64 [1, tokens] and, with `with_past`, `past.N.key` and `past.N.value` float32
 [1, kv_heads, past, head_dim] of each layer (past may be 0); outputs are `logits` [1, tokens, vocab] and then also
 `present.N.key` and `present.N.value`. Standard operators of opset 18 only. The arithmetic is that of `Architecture`.
-Weights above EXTERNAL_BYTES go to a file beside the graph, `NAME.data`. Needs the dependency group `onnx`.
+Weights above EXTERNAL_BYTES go to a file beside the graph, `NAME.data`. Needs the dependency group `export`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The step loop: one thread owns the executor and advances every running request by one step at a time.
 
-A step takes one row from each decoding request and fills the rest of its budget with prefill, block by block, so a
-long prompt never stalls the others for more than a step. A cancelled request leaves before the next step. The queue
-and the key-value memory are bounded; what does not fit is refused at once with `QueueFull`.
+Each turn it drops who has gone, admits who fits, plans a step (`planning`), gives the rows pages (`residency`), runs it
+and draws tokens. When pages run out the youngest request steps back into the queue and is computed again later: what it
+has said is kept and the sampler depends on positions only, so its stream goes on as if nothing had happened. The queue
+is bounded; what does not fit is refused at once.
 """
 
 from __future__ import annotations
@@ -11,17 +12,28 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from engine.executors.interface import F32, Executor, Span
-from engine.runtime.sampling import draw, is_sound, logprobs_of
+from engine.executors.interface import F32, Executor, Span, Wants
+from engine.runtime.constraints import ConstraintError
+from engine.runtime.pages import PagePool
+from engine.runtime.planning import Budget, Need, plan
+from engine.runtime.residency import Residency
+from engine.runtime.sampling import Logprobs, TokenCounts, draw, logprobs_of
 from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Listener, Request, Running, Tokens
+from engine.runtime.speculation import DraftController, PromptLookup
+from engine.runtime.step_cost import StepCost
 
 log = logging.getLogger("autoglm.engine")
 
 
 class QueueFull(Exception):
     """As many requests wait as may wait."""
+
+
+class TooLong(Exception):
+    """The request could not be served even alone: it needs more key-value pages than there are."""
 
 
 class Closed(Exception):
@@ -34,14 +46,25 @@ class Limits:
 
     max_running: int = 16
     max_waiting: int = 64
-    kv_capacity_bytes: int = 256 << 20
-    step_rows: int = 64
-    """Rows of one step: decoding requests first, prefill fills up, but one block of prefill at least."""
+    step_rows: int = 512
+    """Rows of one step at most; the executor's own bound may be lower."""
+    logit_rows: int = 64
+    """Rows of one step whose logits are kept, beyond one for each decoding request: scoring and drafts."""
+    slowdown: float = 1.8
+    """While someone decodes, a step with prefill may take this many times the step without it."""
+    least_prefill_rows: int = 16
+    """Rows of prefill that go in any case."""
+    max_draft: int = 0
+    """Draft tokens a request may have in one step; 0 turns speculation off."""
+    draft_match: int = 3
+    """Tokens that must repeat before what followed them is tried."""
+    publish_blocks: int = 1
+    """Blocks handed on after a step; each is a copy of a page, for which everyone waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the loop is."""
+    """How busy the loop is, and what it has done since its start."""
 
     running: int
     waiting: int
@@ -49,6 +72,11 @@ class Load:
     pending_prefill_tokens: int
     generated_tokens: int
     steps: int
+    kv_kept_bytes: int = 0
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    prefilled_tokens: int = 0
 
 
 class Loop:
@@ -57,29 +85,46 @@ class Loop:
     def __init__(
         self,
         executor: Executor,
-        kv_bytes_per_token: int,
         limits: Limits,
+        pages: PagePool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        after_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        self._executor, self._limits = executor, limits
-        self._kv_bytes_per_token = kv_bytes_per_token
+        """`pages` has as many as the executor; `after_turn` is called on the step thread when listeners were told."""
+        self._executor, self._limits, self._clock, self._after_turn = executor, limits, clock, after_turn
+        self.pages = PagePool(executor.page_count) if pages is None else pages
+        self._residency = Residency(executor, self.pages)
+        self._cost = StepCost()
+        self._budget = Budget(
+            max_rows=min(limits.step_rows, executor.max_rows),
+            logit_rows=max(limits.logit_rows, limits.max_running),
+            slowdown=limits.slowdown,
+            least_prefill_rows=limits.least_prefill_rows,
+        )
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
+        """Oldest first."""
         self._wake = threading.Condition()
         self._closed = False
-        self._generated = 0
-        self._steps = 0
+        self._arrivals = self._turns = 0
+        self._generated = self._steps = self._preemptions = self._drafted = self._accepted = self._prefilled = 0
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, request: Request, listener: Listener) -> Running:
-        """Queues a request. Raises QueueFull or Closed. The listener hears Tokens and then one Finished or Failure."""
+        """Queues a request; the listener hears Tokens, then Finished or Failure. Raises TooLong, QueueFull, Closed."""
         sequence = Running(request, listener)
-        if sequence.capacity_tokens * self._kv_bytes_per_token > self._limits.kv_capacity_bytes:
-            raise QueueFull("the request alone needs more key-value memory than the worker has")
+        room = self._executor.page_count * self._executor.block_tokens
+        if sequence.capacity_tokens > room:
+            raise TooLong(
+                f"{sequence.capacity_tokens} tokens need more key-value memory than the worker has, {room} tokens"
+            )
         with self._wake:
             self.check_room()
+            self._arrivals += 1
+            sequence.arrival = self._arrivals
             self._waiting.append(sequence)
             self._wake.notify()
         return sequence
@@ -101,15 +146,21 @@ class Loop:
 
     def load(self) -> Load:
         with self._wake:
-            running, waiting = list(self._running), list(self._waiting)
-        pending = sum(max(0, len(s.request.token_ids) - s.prefilled) for s in (*running, *waiting))
+            everyone = [*self._running, *self._waiting]
+            running = len(self._running)
+        pending = [sequence.pending for sequence in everyone]
         return Load(
-            running=len(running),
-            waiting=len(waiting),
-            kv_used_bytes=self._reserved(running),
-            pending_prefill_tokens=pending,
+            running=running,
+            waiting=len(everyone) - running,
+            kv_used_bytes=self.pages.used * self._executor.page_bytes,
+            pending_prefill_tokens=sum(count for count in pending if count > 1),
             generated_tokens=self._generated,
             steps=self._steps,
+            kv_kept_bytes=self.pages.kept * self._executor.page_bytes,
+            preemptions=self._preemptions,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            prefilled_tokens=self._prefilled,
         )
 
     def close(self) -> None:
@@ -123,13 +174,10 @@ class Loop:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _reserved(self, running: list[Running]) -> int:
-        return sum(s.capacity_tokens for s in running) * self._kv_bytes_per_token
-
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._waiting and not self._running:
+                while not (self._waiting or self._running or self._residency.has_unpublished):
                     if self._closed:
                         return
                     self._wake.wait()
@@ -138,10 +186,17 @@ class Loop:
                 self._admit()
                 if self._running:
                     self._step()
+                self._residency.publish(self._limits.publish_blocks)
             except Exception:
                 # No request may end the thread: all others would wait for ever.
                 log.exception("the step loop failed; every request ends")
                 self._end_all()
+            try:
+                self._after_turn()
+            except Exception:
+                log.exception("what follows a turn failed")
+
+    # -- who is at work -----------------------------------------------------------------------------------------
 
     def _end_all(self) -> None:
         with self._wake:
@@ -149,169 +204,240 @@ class Loop:
             self._running.clear()
             self._waiting.clear()
         for sequence in ended:
+            try:
+                self._residency.release(sequence)
+            except Exception:
+                log.exception("pages of a request could not be given back")
             self._tell(sequence, Failure.INTERNAL)
 
     def _drop_the_gone(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         with self._wake:
-            for group in (self._running, self._waiting):
-                for sequence in [s for s in group if s.cancelled or self._is_expired(s, now)]:
-                    group.remove(sequence)
-                    self._tell(sequence, Failure.CANCELLED if sequence.cancelled else Failure.EXPIRED)
-
-    @staticmethod
-    def _is_expired(sequence: Running, now: float) -> bool:
-        deadline = sequence.request.deadline
-        return deadline is not None and now >= deadline
+            gone = [
+                sequence
+                for group in (self._running, self._waiting)
+                for sequence in group
+                if sequence.cancelled or _is_expired(sequence, now)
+            ]
+        for sequence in gone:
+            self._end(sequence, Failure.CANCELLED if sequence.cancelled else Failure.EXPIRED)
 
     def _admit(self) -> None:
-        with self._wake:
-            used = self._reserved(self._running)
-            while self._waiting and len(self._running) < self._limits.max_running:
-                needed = self._waiting[0].capacity_tokens * self._kv_bytes_per_token
-                if used + needed > self._limits.kv_capacity_bytes:
-                    break
-                used += needed
-                self._running.append(self._waiting.popleft())
-        for sequence in [s for s in self._running if s.cache is None]:
+        while True:
+            with self._wake:
+                if not self._waiting or len(self._running) >= self._limits.max_running:
+                    return
+                sequence = self._waiting[0]
             try:
+                if self._running and self._residency.missing(sequence) > self._spare_pages():
+                    return
+                with self._wake:
+                    self._waiting.popleft()
+                    self._running.append(sequence)
                 self._begin(sequence)
             except Exception:
                 log.exception("a request could not begin; it ends")
                 self._end(sequence, Failure.INTERNAL)
 
+    def _spare_pages(self) -> int:
+        """Pages that those at work will not need soon: each may need one more beside those of its present tokens."""
+        block = self._executor.block_tokens
+        owed = sum(max(0, len(each.tokens) // block + 1 - len(each.pages)) + 1 for each in self._running)
+        return self.pages.available - owed
+
     def _begin(self, sequence: Running) -> None:
-        cache = self._executor.new_cache(sequence.capacity_tokens)
-        for payload in sequence.request.prefix_blocks:
-            try:
-                cache.import_block(payload)
-            except ValueError as error:
-                log.warning("a cached block was unusable and is recomputed: %s", error)
-                break
-        sequence.request = replace(sequence.request, prefix_blocks=())  # not twice in memory while it runs
-        sequence.cache = cache
-        sequence.cached_tokens = sequence.prefilled = cache.length
-        if sequence.request.block_names is not None:
-            sequence.names = sequence.request.block_names(sequence.request.token_ids)
-        sequence.published = cache.length // self._executor.block_tokens
+        self._residency.begin(sequence)
+        if sequence.has_begun:
+            return
+        sequence.has_begun = True
+        request = sequence.request
+        sequence.cached_tokens = sequence.computed
+        if request.sampling.has_penalties:
+            cut = sequence.prompt_tokens
+            sequence.seen = TokenCounts(sequence.tokens[:cut], sequence.tokens[cut:])
+        if self._limits.max_draft and not sequence.is_scoring:
+            sequence.lookup = PromptLookup(sequence.tokens, self._limits.draft_match)
+            sequence.drafts = DraftController(self._limits.max_draft)
+        if request.prefix_blocks:
+            sequence.request = replace(request, prefix_blocks={})  # not twice in memory while it runs
+
+    def _preempt_younger(self, sequence: Running) -> bool:
+        """Sends the youngest request that is younger than this one back to the front of the queue."""
+        youngest = self._running[-1]
+        if youngest.arrival <= sequence.arrival:
+            return False
+        with self._wake:
+            self._running.pop()
+            self._waiting.appendleft(youngest)
+        self._residency.release(youngest)
+        self._preemptions += 1
+        return True
+
+    # -- one step -----------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        plan = self._plan()
+        planned = self._plan()
+        if not planned:
+            return
+        decoding = prefilling = 0
+        for _, span, drafts in planned:
+            if len(span.token_ids) == 1 + len(drafts):
+                decoding += len(span.token_ids)
+            else:
+                prefilling += len(span.token_ids)
+        started = self._clock()
         try:
-            results = self._executor.step([span for _, span in plan])
+            results = self._executor.step([span for _, span, _ in planned])
         except Exception:
-            planned = {id(sequence): sequence for sequence, _ in plan}
             log.exception("a step failed; its %d requests end", len(planned))
-            for sequence in planned.values():
+            for sequence, _, _ in planned:
                 self._end(sequence, Failure.INTERNAL)
             return
+        self._cost.observe(decoding, prefilling, self._clock() - started)
         self._steps += 1
-        touched: dict[int, Running] = {}
-        failed: set[int] = set()
-        for (sequence, span), logits in zip(plan, results, strict=True):
-            if id(sequence) in failed:
-                continue
-            touched[id(sequence)] = sequence
+        self._prefilled += prefilling
+        for (sequence, span, drafts), logits in zip(planned, results, strict=True):
             try:
-                if logits is not None and not is_sound(logits):
-                    raise FloatingPointError("the model's logits are not finite")
-                self._advance(sequence, span, logits)
+                self._advance(sequence, span, drafts, logits)
+            except ConstraintError as error:
+                log.warning("a constraint could not be followed: %s", error)
+                self._end(sequence, Failure.CONSTRAINT)
             except Exception:
                 log.exception("a token could not be made; its request ends")
-                failed.add(id(sequence))
                 self._end(sequence, Failure.INTERNAL)
-        for key, sequence in touched.items():
-            if key not in failed:
-                self._publish(sequence)
 
-    def _plan(self) -> list[tuple[Running, Span]]:
-        """Decoding requests first, one row each; then prefill, oldest first, in aligned blocks up to the budget."""
-        plan: list[tuple[Running, Span]] = []
-        rows = 0
-        for sequence in self._running:
-            if sequence.is_decoding:
-                assert sequence.cache is not None
-                plan.append((sequence, Span(sequence.cache, sequence.output[-1:], True)))
-                rows += 1
-        block = self._executor.block_tokens
-        decoding = len(plan)
-        for sequence in self._running:
-            if sequence.is_decoding:
+    def _plan(self) -> list[tuple[Running, Span, list[int]]]:
+        """Who computes what in this step, with pages for all of it."""
+        self._turns += 1
+        running = list(self._running)
+        decoding = sum(1 for sequence in running if sequence.pending == 1)
+        drafts = [self._draft(sequence, decoding) for sequence in running]
+        needs = [
+            Need(sequence.pending, len(draft), sequence.is_scoring)
+            for sequence, draft in zip(running, drafts, strict=True)
+        ]
+        planned: list[tuple[Running, Span, list[int]]] = []
+        for sequence, draft, rows in zip(
+            running, drafts, plan(needs, self._cost, self._budget, self._turns), strict=True
+        ):
+            # Those stepped back during this planning are the youngest: at the end of `running`, so not planned yet.
+            if not rows or not sequence.has_begun or sequence.arrival > self._running[-1].arrival:
                 continue
-            assert sequence.cache is not None
-            scoring = sequence.request.score_from is not None
-            prompt, start = sequence.request.token_ids, sequence.prefilled
-            while start < len(prompt):
-                ids = prompt[start : start + block - start % block]
-                # The first block always goes: enough decoding requests would otherwise shut new ones out.
-                if len(plan) > decoding and rows + len(ids) > self._limits.step_rows:
-                    return plan
-                start += len(ids)
-                plan.append((sequence, Span(sequence.cache, ids, scoring or start == len(prompt))))
-                rows += len(ids)
-        return plan
+            computed = sequence.computed
+            room = self._residency.grow(sequence, computed + rows) - computed
+            while room < 1 and self._preempt_younger(sequence):
+                room = self._residency.grow(sequence, computed + rows) - computed
+            rows = min(rows, room)
+            if rows < 1:
+                continue  # it keeps its place and waits for an older one to end
+            tokens = sequence.tokens
+            draft = draft[: max(0, computed + rows - len(tokens))]
+            ids = tokens[computed : computed + rows] + draft
+            if sequence.is_scoring:
+                wants = Wants.ALL if computed + rows >= sequence.scored else Wants.NONE
+            elif computed + rows < len(tokens):
+                wants = Wants.NONE
+            else:
+                wants = Wants.ALL if draft else Wants.LAST
+            planned.append((sequence, Span(ids, computed, sequence.pages, wants), draft))
+        return planned
 
-    def _advance(self, sequence: Running, span: Span, logits: F32 | None) -> None:
-        was_decoding = sequence.is_decoding
-        if not was_decoding:
-            start = sequence.prefilled
-            sequence.prefilled += len(span.token_ids)
-            if sequence.request.score_from is not None:
-                assert logits is not None
-                self._score(sequence, start, logits)
-                return
-            if not sequence.is_decoding:
-                return
-        assert logits is not None
-        self._generate(sequence, logits[-1])
+    def _draft(self, sequence: Running, decoding: int) -> list[int]:
+        lookup, control = sequence.lookup, sequence.drafts
+        if lookup is None or control is None or sequence.pending != 1 or not lookup.has_match:
+            return []
+        most = min(
+            control.wanted(self._cost.predict(decoding, 0), self._cost.decode_row_s, decoding),
+            sequence.request.max_tokens - sequence.produced - 1,
+        )
+        draft = lookup.draft(most)
+        if draft and sequence.request.matcher is not None:
+            draft = draft[: sequence.request.matcher.allowed(draft)]
+        return draft
 
-    def _generate(self, sequence: Running, logits: F32) -> None:
-        request = sequence.request
-        if sequence.produced >= request.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH, None)
-            return
-        token = draw(logits, request.sampling, sequence.prompt, sequence.output)
-        if token in request.end_token_ids or token in request.stop_token_ids:
-            self._finish(sequence, FinishReason.STOP, token)
-            return
-        scores = (logprobs_of(logits, token, request.top_logprobs),) if request.logprobs else ()
-        sequence.output.append(token)
-        self._generated += 1
-        self._tell(sequence, Tokens((token,), scores, sequence.cached_prompt_tokens))
-        if sequence.produced >= request.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH, None)
+    def _advance(self, sequence: Running, span: Span, drafts: list[int], logits: F32 | None) -> None:
+        start = sequence.computed
+        sequence.computed += len(span.token_ids) - len(drafts)
+        if sequence.is_scoring:
+            self._score(sequence, start, logits)
+        elif sequence.pending == 0:
+            assert logits is not None
+            self._generate(sequence, drafts, logits)
+        else:
+            self._residency.settle(sequence)
+            if sequence.lookup is not None:
+                sequence.lookup.advance()
 
-    def _score(self, sequence: Running, start: int, logits: F32) -> None:
-        """Row i of `logits` predicts the token at start + i + 1."""
-        request = sequence.request
-        assert request.score_from is not None
-        ids, scores = [], []
-        for row, position in enumerate(range(start + 1, start + 1 + len(logits))):
-            if request.score_from <= position < len(request.token_ids):
-                ids.append(request.token_ids[position])
-                scores.append(logprobs_of(logits[row], ids[-1], request.top_logprobs))
+    def _generate(self, sequence: Running, drafts: list[int], logits: F32) -> None:
+        """Draws a token from each row as long as the row's draft was what was drawn."""
+        request, matcher = sequence.request, sequence.request.matcher
+        made: list[int] = []
+        scores: list[Logprobs] = []
+        end: tuple[FinishReason, int | None] | None = None
+        accepted = 0
+        for row in range(1 + len(drafts)):
+            if sequence.produced >= request.max_tokens:
+                end = (FinishReason.LENGTH, None)
+                break
+            row_logits, position = logits[row], sequence.position
+            token = draw(
+                row_logits,
+                request.sampling,
+                sequence.seen,
+                position,
+                None if matcher is None else matcher.mask(),
+                sequence.endings if position < request.min_tokens else (),
+            )
+            if token in sequence.endings:
+                end = (FinishReason.STOP, token)
+                break
+            if matcher is not None:
+                matcher.advance(token)
+            if request.logprobs:
+                scores.append(logprobs_of(row_logits, token, request.top_logprobs))
+            made.append(token)
+            sequence.tokens.append(token)
+            if request.sampling.has_penalties:
+                sequence.seen.add(token)
+            if matcher is not None and matcher.is_complete:
+                end = (FinishReason.STOP, None)
+                break
+            if row == len(drafts) or token != drafts[row]:
+                break
+            accepted += 1
+            sequence.computed += 1  # the draft's keys and values are this token's
+        if drafts and sequence.drafts is not None:
+            sequence.drafts.learn(len(drafts), accepted)
+            self._drafted += len(drafts)
+            self._accepted += accepted
+        if sequence.lookup is not None:
+            sequence.lookup.advance()
+        self._residency.settle(sequence)
+        self._generated += len(made)
+        if made:
+            self._tell(sequence, Tokens(tuple(made), tuple(scores), sequence.cached_prompt_tokens))
+        if end is None and sequence.produced >= request.max_tokens:
+            end = (FinishReason.LENGTH, None)
+        if end is not None:
+            self._finish(sequence, *end)
+
+    def _score(self, sequence: Running, start: int, logits: F32 | None) -> None:
+        """Row i of `logits` predicts the token at start + i + 1; None when none of those is to be told."""
+        request, tokens = sequence.request, sequence.tokens
+        ids: list[int] = []
+        scores: list[Logprobs] = []
+        for row in range(0 if logits is None else len(logits)):
+            assert logits is not None
+            position = start + row + 1
+            if sequence.scored <= position < len(tokens):
+                ids.append(tokens[position])
+                scores.append(logprobs_of(logits[row], tokens[position], request.top_logprobs))
+                sequence.scored = position + 1
+        self._residency.settle(sequence)
         if ids:
             self._tell(sequence, Tokens(tuple(ids), tuple(scores)))
-        if sequence.is_decoding:
+        if sequence.pending == 0:
             self._finish(sequence, FinishReason.LENGTH, None)
-
-    def _publish(self, sequence: Running) -> None:
-        request, cache = sequence.request, sequence.cache
-        if not sequence.publishes or request.block_names is None or cache is None:
-            return
-        whole = cache.length // self._executor.block_tokens
-        if whole == sequence.published:
-            return
-        try:
-            if whole > len(sequence.names):
-                tokens = [*sequence.prompt, *sequence.output]
-                sequence.names = request.block_names(tokens[: cache.length])
-            for index in range(sequence.published, whole):
-                request.on_block(sequence.names[index], cache.export_block(index))
-        except Exception:
-            log.exception("a block could not be handed on; the request goes on and keeps the rest to itself")
-            sequence.publishes = False
-        sequence.published = whole
 
     def _finish(self, sequence: Running, reason: FinishReason, stop_token_id: int | None) -> None:
         self._end(
@@ -319,16 +445,18 @@ class Loop:
             Finished(
                 reason=reason,
                 stop_token_id=stop_token_id,
-                prompt_tokens=len(sequence.prompt),
+                prompt_tokens=sequence.prompt_tokens,
                 cached_tokens=sequence.cached_prompt_tokens,
-                completion_tokens=len(sequence.output),
+                completion_tokens=sequence.position,
             ),
         )
 
     def _end(self, sequence: Running, event: Event) -> None:
         with self._wake:
-            if sequence in self._running:
-                self._running.remove(sequence)
+            for group in (self._running, self._waiting):
+                if sequence in group:
+                    group.remove(sequence)
+        self._residency.release(sequence)
         self._tell(sequence, event)
 
     @staticmethod
@@ -338,3 +466,8 @@ class Loop:
         except Exception:
             log.exception("a listener failed; its request is cancelled")
             sequence.cancelled = True
+
+
+def _is_expired(sequence: Running, now: float) -> bool:
+    deadline = sequence.request.deadline
+    return deadline is not None and now >= deadline

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine.executors.interface import SequenceCache
-from engine.runtime.sampling import Logprobs, Sampling
+from engine.runtime.constraints import Matcher
+from engine.runtime.sampling import NOTHING_SEEN, Logprobs, Sampling, TokenCounts
+from engine.runtime.speculation import DraftController, PromptLookup
 
 
 class FinishReason(enum.Enum):
@@ -31,18 +32,25 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     end_token_ids: frozenset[int] = frozenset()
     """The model's own ends, empty to go on past them."""
+    min_tokens: int = 0
+    """Ends and stop tokens are not drawn before the output, resumed tokens included, has this many."""
     logprobs: bool = False
     top_logprobs: int = 0
     resumed_tokens: int = 0
     score_from: int | None = None
     deadline: float | None = None
     """time.monotonic() after which nobody waits for the answer."""
-    prefix_blocks: Sequence[bytes] = ()
-    """Payloads of leading blocks that need no prefill; never the whole prompt. Let go once they are in the cache."""
-    block_names: Callable[[Sequence[int]], list[bytes]] | None = None
-    """Names the whole blocks of a token sequence; None keeps this request's blocks to itself."""
-    on_block: Callable[[bytes, bytes], None] = lambda name, payload: None
-    """Told the name and payload of every block that became whole, from the step thread; must not block."""
+    matcher: Matcher | None = None
+    """Holds the answer to a constraint; its state is that after the resumed tokens. Not shared between requests."""
+    scope: bytes | None = None
+    """Fence of this request's pages (`engine.prefix.scope_key`); None shares none of them with other requests."""
+    block_names: Sequence[bytes] = ()
+    """Names of the leading whole blocks of `token_ids`, as far as the caller knows them already."""
+    prefix_blocks: Mapping[bytes, bytes] = field(default_factory=dict)
+    """Payloads by name of blocks that were fetched from elsewhere. Let go once they are in pages."""
+    on_block: Callable[[bytes, Callable[[], bytes]], None] | None = None
+    """Told the name of every block that this request computed and that is new to the worker, with a function that reads
+    its payload. Both are used on the step thread, some steps later; must not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class Failure(enum.Enum):
 
     EXPIRED = "the deadline passed before the work was done"
     CANCELLED = "the caller went away"
+    CONSTRAINT = "the answer's constraint needs more work for one token than is allowed; make it simpler"
     INTERNAL = "the step failed; the worker's log has the details"
 
 
@@ -83,47 +92,72 @@ class Running:
     """The mutable state of a request in the loop. Owned by the step thread, but for `cancelled`."""
 
     __slots__ = (
-        "cache",
+        "arrival",
         "cached_tokens",
         "cancelled",
+        "computed",
+        "drafts",
+        "endings",
+        "has_begun",
         "listener",
+        "lookup",
+        "named",
         "names",
-        "output",
-        "prefilled",
-        "prompt",
-        "published",
+        "pages",
+        "prompt_tokens",
         "publishes",
         "request",
+        "scored",
+        "seen",
+        "tokens",
     )
 
-    def __init__(self, request: Request, listener: Listener) -> None:
-        self.request, self.listener = request, listener
-        cut = len(request.token_ids) - request.resumed_tokens
-        self.prompt: list[int] = list(request.token_ids[:cut])
-        self.output: list[int] = list(request.token_ids[cut:])
-        self.cache: SequenceCache | None = None
+    def __init__(self, request: Request, listener: Listener, arrival: int = 0) -> None:
+        self.request, self.listener, self.arrival = request, listener, arrival
+        self.tokens: list[int] = list(request.token_ids)
+        """Prompt and output so far."""
+        self.prompt_tokens = len(self.tokens) - request.resumed_tokens
+        self.pages: list[int] = []
+        self.computed = 0
+        """Leading tokens whose keys and values are in the pages."""
+        self.names: list[bytes] = list(request.block_names)
+        self.named = 0
+        """Leading pages that carry their name, or never will."""
+        self.endings = request.stop_token_ids | request.end_token_ids
+        self.publishes = request.on_block is not None
         self.cached_tokens = 0
-        self.prefilled = 0
-        """Tokens of `request.token_ids` whose keys and values are in the cache."""
-        self.published = 0
-        """Whole blocks already handed to the block store."""
-        self.names: list[bytes] = []
-        self.publishes = request.block_names is not None
+        self.scored = request.score_from or 0
+        """Next position whose score is to be told."""
+        self.has_begun = False
+        self.seen: TokenCounts = NOTHING_SEEN
+        self.lookup: PromptLookup | None = None
+        self.drafts: DraftController | None = None
         self.cancelled = False
 
     @property
-    def is_decoding(self) -> bool:
-        return self.prefilled >= len(self.request.token_ids)
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_scoring(self) -> bool:
+        return self.request.score_from is not None
 
     @property
     def capacity_tokens(self) -> int:
-        return len(self.request.token_ids) + (0 if self.request.score_from is not None else self.request.max_tokens)
+        """Positions it may come to need."""
+        return len(self.request.token_ids) + (0 if self.is_scoring else self.request.max_tokens)
 
     @property
     def cached_prompt_tokens(self) -> int:
-        return min(self.cached_tokens, len(self.prompt))
+        return min(self.cached_tokens, self.prompt_tokens)
+
+    @property
+    def position(self) -> int:
+        """Tokens of the output so far, those of an earlier stream included."""
+        return len(self.tokens) - self.prompt_tokens
 
     @property
     def produced(self) -> int:
         """Tokens generated by this stream."""
-        return len(self.output) - self.request.resumed_tokens
+        return self.position - self.request.resumed_tokens

@@ -7,6 +7,7 @@ are declared in the contract.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypedDict
 
@@ -60,12 +61,24 @@ class GenerateOptions(CallOptions, total=False):
     """Added to the logits of the named token ids."""
     ignore_eos: bool | None
     """Goes on past end-of-sequence tokens."""
+    min_tokens: int | None
+    """Ends are not drawn before the answer has this many tokens."""
+    json_schema: str | Mapping[str, Any] | None
+    """The answer is JSON that this schema accepts; "" stands for any object."""
+    regex: str | None
+    """The answer matches this regular expression as a whole."""
+    grammar: str | None
+    """The answer is a text of this grammar, in Lark's or GBNF's notation."""
 
 
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
-_PLAIN = {"max_tokens": "max_tokens", "n": "choices", "top_logprobs": "top_logprobs", "ignore_eos": "ignore_eos"}
+_PLAIN = {
+    "max_tokens": "max_tokens", "n": "choices", "top_logprobs": "top_logprobs", "ignore_eos": "ignore_eos",
+    "min_tokens": "min_tokens",
+}  # fmt: skip
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 def generate_request(
@@ -90,6 +103,7 @@ def generate_request(
         if name in given:
             _set(request, field, given[name], name)
     request.logprobs = bool(given.get("logprobs")) or request.top_logprobs > 0
+    _constrain(request, given)
     stop = given.get("stop", ())
     _extend(request.stop, (stop,) if isinstance(stop, str) else stop, "stop")
     biases = given.get("logit_bias", {})
@@ -100,6 +114,20 @@ def generate_request(
         _set(entry, "token_id", token_id, "logit_bias")
         _set(entry, "bias", bias, "logit_bias")
     return request
+
+
+def _constrain(request: gateway_pb2.GenerateRequest, given: Mapping[str, Any]) -> None:
+    named = [name for name in _CONSTRAINTS if name in given]
+    if len(named) > 1:
+        raise InvalidRequestError(f"{' and '.join(named)} exclude each other")
+    for name in named:
+        value = given[name]
+        if name == "json_schema" and isinstance(value, Mapping):
+            try:
+                value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InvalidRequestError(f"json_schema: {error}") from None
+        _set(request, name, value, name)
 
 
 def count_request(prompt: str | None, messages: Messages | None) -> gateway_pb2.CountTokensRequest:

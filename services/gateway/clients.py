@@ -256,7 +256,7 @@ def _scored(entry: worker_pb.PositionLogprobs) -> Scored:
 
 
 def _to_wire(work: Work) -> worker_pb.GenerateRequest:
-    return worker_pb.GenerateRequest(
+    request = worker_pb.GenerateRequest(
         request_id=work.request_id,
         model=work.model,
         token_ids=work.token_ids,
@@ -267,7 +267,11 @@ def _to_wire(work: Work) -> worker_pb.GenerateRequest:
         top_logprobs=work.top_logprobs,
         tenant=work.tenant,
         choice_index=work.choice_index,
+        min_tokens=work.min_tokens,
     )
+    if work.constraint is not None:
+        setattr(request, work.constraint.kind, work.constraint.text)
+    return request
 
 
 def _sampling(sampling: Sampling) -> type_pb.SamplingParams:

@@ -163,6 +163,8 @@ class Generation:
                             ignore_eos=request.ignore_eos,
                             logprobs=request.logprobs,
                             top_logprobs=request.top_logprobs,
+                            min_tokens=request.min_tokens,
+                            constraint=request.constraint,
                         ),
                     )
                 )

@@ -80,7 +80,12 @@ def tokens_to_generate(request: Request, prompt_tokens: int, model: Model, defau
             prompt_tokens=prompt_tokens,
             context_tokens=model.context_tokens,
         )
-    return request.max_tokens or min(default, left)
+    wanted = request.max_tokens or min(default, left)
+    if request.min_tokens > wanted:
+        raise InvalidRequest(
+            f"min_tokens is {request.min_tokens}, but the answer may have {wanted} tokens at most", field="min_tokens"
+        )
+    return wanted
 
 
 def prompt_field(request: Request) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 Operation = Literal["chat", "text_completion"]
+Kind = Literal["json_schema", "regex", "grammar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,14 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must be: JSON of a schema (empty: any object), a regular expression, or a grammar."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One call for text: each prompt is answered `choices` times.
 
@@ -75,6 +84,8 @@ class Request:
     logprobs: bool = False
     top_logprobs: int = 0
     ignore_eos: bool = False
+    min_tokens: int = 0
+    constraint: Constraint | None = None
 
     @property
     def operation(self) -> Operation:

@@ -15,7 +15,7 @@ from services.chassis import deadlines
 from services.chassis.errors import InvalidRequest
 from services.gateway.events import Delta, Event, Finished, TokenText, Usage
 from services.gateway.generation import Gateway
-from services.gateway.requests import Chat, Ids, Message, Prompt, Request, Sampling, Text
+from services.gateway.requests import Chat, Constraint, Ids, Message, Prompt, Request, Sampling, Text
 
 SERVICE_NAME: str = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -100,6 +100,8 @@ def _request(message: gateway_pb2.GenerateRequest) -> Request:
         logprobs=message.logprobs,
         top_logprobs=message.top_logprobs,
         ignore_eos=message.ignore_eos,
+        min_tokens=message.min_tokens,
+        constraint=_constraint(message),
     )
 
 
@@ -112,6 +114,17 @@ def _prompt(message: gateway_pb2.GenerateRequest | gateway_pb2.CountTokensReques
         case "token_ids" if isinstance(message, gateway_pb2.GenerateRequest):
             return Ids(tuple(message.token_ids.token_ids))
     raise InvalidRequest("the request has no prompt: set text, chat or token_ids", field="prompt")
+
+
+def _constraint(message: gateway_pb2.GenerateRequest) -> Constraint | None:
+    match message.WhichOneof("constraint"):
+        case "json_schema":
+            return Constraint("json_schema", message.json_schema)
+        case "regex":
+            return Constraint("regex", message.regex)
+        case "grammar":
+            return Constraint("grammar", message.grammar)
+    return None
 
 
 def _sampling(message: generation_pb2.SamplingParams) -> Sampling:

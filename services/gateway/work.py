@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from services.gateway.events import Reason
-from services.gateway.requests import Sampling
+from services.gateway.requests import Constraint, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class Work:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    min_tokens: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

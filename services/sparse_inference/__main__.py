@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
+import uuid
+from pathlib import Path
 
 # One BLAS thread per worker: products are small, and workers share the machine. Must be set before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc as rpc
+from autoglm.third_party import oip_pb2_grpc
 
+from engine.checkpoints import architecture, onnx_file
 from engine.checkpoints import variant as variants
 from engine.checkpoints.architecture import CheckpointError
 from engine.checkpoints.digest_cache import DigestCache, default_cache_directory
 from engine.executors.reference import ReferenceExecutor, page_bytes
-from engine.runtime.blocks import BlockStore
+from engine.runtime.constraints import Compiler, tokenizer_of
+from engine.runtime.pages import PagePool
 from services.chassis.channels import connect
 from services.chassis.serving import Member
 from services.chassis.settings import read
-from services.sparse_inference import metrics
-from services.sparse_inference.clients import CacheClient, LeaseClient
+from services.sparse_inference import metrics, oip
+from services.sparse_inference.clients import CacheClient, LeaseClient, TokenizerClient
 from services.sparse_inference.lease import Lease
+from services.sparse_inference.oip_text import TextModel
 from services.sparse_inference.prefixes import Prefixes
 from services.sparse_inference.server import SERVICE, SparseInferenceServer
 from services.sparse_inference.settings import WorkerSettings
@@ -33,36 +40,55 @@ LEAVE_S = 2.0
 
 async def main() -> None:
     settings = read(WorkerSettings)
-    member = Member("sparse-inference", settings, [SERVICE])
+    member = Member("sparse-inference", settings, [SERVICE, oip.SERVICE])
+    if (file := onnx_file.find(settings.model_dir)) is not None:
+        return await _serve_onnx(settings, member, file)
     limit = settings.max_weights_mib << 20
     remembered = (settings.cache_dir or default_cache_directory()) / "digests" if settings.remember_digests else None
     digests = DigestCache(remembered)
     try:
         variant = await asyncio.to_thread(variants.load, settings.model_dir, "float32-reference", limit, digests)
-        pages = max(1, settings.limits.kv_capacity_bytes // page_bytes(variant.architecture))
+        page_count = max(1, settings.kv_capacity_bytes // page_bytes(variant.architecture))
         executor = await asyncio.to_thread(
-            ReferenceExecutor, variant.checkpoint, pages, settings.limits.step_rows, limit
+            ReferenceExecutor, variant.checkpoint, page_count, settings.limits.step_rows, limit
         )
         variant.check_unchanged()
     except CheckpointError as error:
         print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    store = BlockStore(settings.prefix_store_mib << 20)
+    pages = PagePool(executor.page_count)
     cache, scheduler = connect(settings, "cache"), connect(settings, "scheduler")
-    prefixes = Prefixes(store, CacheClient(cache), settings.cache_budget_ms / 1000, settings.publish_queue)
-    worker = Worker(settings, variant, executor, prefixes)
-    metrics.register(settings, worker, store)
-    rpc.add_SparseInferenceServiceServicer_to_server(SparseInferenceServer(settings, worker), member.server)
+    prefixes = Prefixes(pages, CacheClient(cache), settings.cache_budget_ms / 1000, settings.publish_queue)
+    arch = variant.architecture
+    compiler = Compiler(tokenizer_of(variant.path), arch.vocab_size, arch.end_token_ids, settings.constraint_limits)
+    worker = Worker(settings, variant, executor, prefixes, pages, compiler)
+    metrics.register(settings, worker)
+    server = SparseInferenceServer(settings, worker)
+    rpc.add_SparseInferenceServiceServicer_to_server(server, member.server)
+    tokenizer = connect(settings, "tokenizer")
+    model = TextModel(
+        settings,
+        settings.model_name,
+        variant.tokenizer_digest,
+        lambda: worker.draining,
+        server.Generate,
+        TokenizerClient(tokenizer, settings.tokenizer_timeout_ms / 1000),
+        new_seed=lambda: secrets.randbits(63),
+        new_id=lambda: uuid.uuid4().hex,
+    )
+    face = oip.OipServer(settings, model)
+    oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(face, member.server)
     worker.start()
     await member.start()
     await member.ready()
     endpoint = settings.advertise or f"{settings.bind}:{member.port}"
-    lease = Lease(settings, worker, store, LeaseClient(scheduler), endpoint)
+    lease = Lease(settings, worker, pages, LeaseClient(scheduler), endpoint)
     tasks = [asyncio.create_task(lease.hold()), asyncio.create_task(prefixes.publish())]
 
     async def leave() -> None:
         await lease.drain()
         worker.drain()
+        face.drain()
 
     member.before_drain(leave)
     await member.run()
@@ -73,6 +99,22 @@ async def main() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     await cache.close(None)
     await scheduler.close(None)
+    await tokenizer.close(None)
+
+
+async def _serve_onnx(settings: WorkerSettings, member: Member, file: Path) -> None:
+    """The whole life of a worker whose model is an ONNX file."""
+    try:
+        from services.sparse_inference import onnx_worker  # needs onnxruntime, which no other model does
+
+        model = await onnx_worker.load(settings, file)
+    except ImportError as error:
+        print(f"AUTOGLM_MODEL_DIR: {file} needs {error.name}; pip install --group onnx", file=sys.stderr)
+        raise SystemExit(2) from None
+    except architecture.CheckpointError as error:
+        print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    await onnx_worker.serve(settings, member, model)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 from autoglm.scheduler.v1 import scheduler_pb2
 
-from engine.runtime.blocks import BlockStore
+from engine.runtime.pages import PagePool
 from services.chassis.errors import ServiceError
 from services.sparse_inference.clients import LeaseClient, drain_notice, load_report, prefix_report, registration
 from services.sparse_inference.settings import WorkerSettings
@@ -31,12 +31,12 @@ class Lease:
         self,
         settings: WorkerSettings,
         worker: Worker,
-        store: BlockStore,
+        pages: PagePool,
         client: LeaseClient,
         endpoint: str,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._settings, self._worker, self._store, self._client = settings, worker, store, client
+        self._settings, self._worker, self._pages, self._client = settings, worker, pages, client
         self._endpoint, self._jitter = endpoint, jitter
         self._interval_s = FIRST_INTERVAL_S
         self._drain = asyncio.Event()
@@ -67,12 +67,12 @@ class Lease:
 
     async def _reports(self) -> AsyncIterator[scheduler_pb2.LeaseRequest]:
         yield registration(self._settings, self._worker, self._endpoint)
-        self._store.restate()
+        self._pages.restate()
         reset = True
         while True:
             yield load_report(self._worker.load())
             while True:
-                added, removed = self._store.changes(PREFIXES_PER_REPORT)
+                added, removed = self._pages.changes(PREFIXES_PER_REPORT)
                 if added or removed or reset:
                     yield prefix_report(added, removed, reset)
                     reset = False

@@ -1,4 +1,4 @@
-"""Where the leading key-value blocks of a prompt come from: the own store, then the cache, in bounded time.
+"""Where the leading key-value blocks of a prompt come from: the own pages, then the cache, in bounded time.
 
 Whatever goes wrong costs a recomputation, is counted as a fallback, and never changes a token: a block is used only
 when its checksum over scope, name and content holds.
@@ -10,15 +10,15 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from opentelemetry import trace
 from prometheus_client import Counter
 
 from engine.prefix import block_checksum, block_hashes, scope_key
-from engine.runtime.blocks import BlockStore
+from engine.runtime.pages import PagePool
 from services.chassis import telemetry
 from services.chassis.errors import ServiceError
 
@@ -54,6 +54,14 @@ class StoredBlock:
     checksum: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Names of a prompt's leading blocks, and the payloads by name of those that came from the cache service."""
+
+    names: Sequence[bytes] = ()
+    fetched: Mapping[bytes, bytes] = field(default_factory=dict)
+
+
 class RemoteBlocks(Protocol):
     """The cache service, as this module needs it. Methods raise ServiceError."""
 
@@ -67,25 +75,29 @@ class RemoteBlocks(Protocol):
 class Prefixes:
     """Finds blocks before a prefill and publishes them after."""
 
-    def __init__(self, store: BlockStore, remote: RemoteBlocks, budget_s: float, queue_blocks: int) -> None:
-        self._store, self._remote, self._budget_s = store, remote, budget_s
+    def __init__(self, pages: PagePool, remote: RemoteBlocks, budget_s: float, queue_blocks: int) -> None:
+        self._pages, self._remote, self._budget_s = pages, remote, budget_s
         self._queue: asyncio.Queue[tuple[Scope, bytes, bytes]] = asyncio.Queue(queue_blocks)
 
-    async def find(self, scope: Scope, token_ids: Sequence[int]) -> list[bytes]:
-        """Payloads of leading blocks, at most all but the last token: that one must be computed to have logits."""
+    async def find(self, scope: Scope, token_ids: Sequence[int]) -> Found:
+        """Leading blocks, at most all but the last token: that one must be computed to have logits.
+
+        Those in the worker's own pages are shared when the request begins and need no payload; should one be given
+        away until then, it is computed again.
+        """
         usable = (len(token_ids) - 1) // scope.block_tokens
         names = block_hashes(scope.key, token_ids[: usable * scope.block_tokens], scope.block_tokens)
         if not names:
-            return []
-        found = self._store.leading(names)
-        BLOCKS.labels("own").inc(len(found))
-        missing = names[len(found) :]
+            return Found()
+        own = self._pages.held(names)
+        BLOCKS.labels("own").inc(own)
+        missing = names[own:]
+        fetched: list[bytes] = []
         if missing and self._budget_s:
             fetched = await self._fetch(scope, missing)
             BLOCKS.labels("cache").inc(len(fetched))
-            found += fetched
-        BLOCKS.labels("computed").inc(len(names) - len(found))
-        return found
+        BLOCKS.labels("computed").inc(len(missing) - len(fetched))
+        return Found(names, dict(zip(missing, fetched, strict=False)))
 
     async def _fetch(self, scope: Scope, names: Sequence[bytes]) -> list[bytes]:
         fetched: list[bytes] = []
@@ -111,18 +123,24 @@ class Prefixes:
                     telemetry.fallback("cache_block_corrupt", position=len(into))
                     return
                 into.append(block.payload)
-                self._store.put(wanted, block.payload)
                 if len(into) == len(names):
                     return
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a block would be taken now. May be asked from any thread, to spare the copy of one that would not."""
+        return not self._queue.full()
+
     def keep(self, scope: Scope, name: bytes, payload: bytes) -> None:
-        """Stores a computed block here and queues it for the cache service; a full queue drops it, counted."""
-        if not self._store.put(name, payload):
-            return
+        """Queues a computed block for the cache service; a full queue drops it, counted."""
         try:
             self._queue.put_nowait((scope, name, payload))
         except asyncio.QueueFull:
-            PUBLISHED.labels("dropped").inc()
+            self.drop()
+
+    def drop(self) -> None:
+        """Counts a block that is not published."""
+        PUBLISHED.labels("dropped").inc()
 
     async def publish(self) -> None:
         """Runs for ever: moves queued blocks to the cache service in batches of one scope."""

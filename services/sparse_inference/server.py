@@ -13,10 +13,12 @@ from autoglm.type.v1 import generation_pb2
 from opentelemetry import trace
 from prometheus_client import Counter
 
+from engine.runtime.constraints import Constraint
 from engine.runtime.sampling import Logprobs, Sampling
 from engine.runtime.sequences import Finished, FinishReason, Request, Tokens
 from services.chassis import telemetry
 from services.chassis.errors import InvalidRequest, WrongVariant
+from services.sparse_inference.observation import watch
 from services.sparse_inference.settings import WorkerSettings
 from services.sparse_inference.worker import Worker
 
@@ -53,7 +55,8 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         digest = self._worker.variant.digest
         asked = self._request_of(request)
         first, position = True, request.resumed_tokens
-        async with contextlib.aclosing(self._worker.run(asked, request.tenant)) as events:  # type: ignore[type-var]
+        run = self._worker.run(asked, request.tenant, _constraint(request))
+        async with contextlib.aclosing(watch(self._settings.model_name, asked, run)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     self._note_end(span, event)
@@ -114,7 +117,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
             max_running=self._settings.max_running,
             max_waiting=self._settings.max_waiting,
             kv_used_bytes=load.kv_used_bytes,
-            kv_capacity_bytes=self._settings.limits.kv_capacity_bytes,
+            kv_capacity_bytes=self._worker.kv_capacity_bytes,
             generated_tokens=load.generated_tokens,
             draining=self._worker.draining,
         )
@@ -166,6 +169,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
             logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,
             resumed_tokens=request.resumed_tokens,
+            min_tokens=request.min_tokens,
         )
 
     def _note_end(self, span: trace.Span, event: Finished) -> None:
@@ -174,6 +178,17 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         span.set_attribute("gen_ai.usage.input_tokens", event.prompt_tokens)
         span.set_attribute("gen_ai.usage.output_tokens", event.completion_tokens)
         span.set_attribute("gen_ai.usage.cache_read.input_tokens", event.cached_tokens)
+
+
+def _constraint(request: pb.GenerateRequest) -> Constraint | None:
+    match request.WhichOneof("constraint"):
+        case "json_schema":
+            return Constraint("json_schema", request.json_schema)
+        case "regex":
+            return Constraint("regex", request.regex)
+        case "grammar":
+            return Constraint("grammar", request.grammar)
+    return None
 
 
 def _chunk(event: Tokens, position: int) -> pb.TokenChunk:

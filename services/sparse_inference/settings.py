@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator
 
+from engine.runtime.constraints import CompilerLimits
 from engine.runtime.loop import Limits
-from services.chassis.settings import ServiceSettings
+from services.sparse_inference.oip_settings import OipSettings
 
 
-class WorkerSettings(ServiceSettings):
+class WorkerSettings(OipSettings):
     """AUTOGLM_* of `python -m services.sparse_inference`."""
 
     model_name: str = Field("glm-tiny", min_length=1, max_length=128, description="public name of the model")
     model_dir: Path = Field(
-        Path("models/glm-tiny"), description="directory in the Hugging Face layout, or a .gguf file"
+        Path("models/glm-tiny"), description="directory in the Hugging Face layout, a .gguf or an .onnx file"
     )
     cache_dir: Path | None = Field(None, description="what can be computed again; unset: autoglm in the user's caches")
     remember_digests: bool = Field(True, description="keep digests of unchanged weight files, so that starts are quick")
@@ -24,9 +26,18 @@ class WorkerSettings(ServiceSettings):
     max_weights_mib: int = Field(65_536, ge=1, le=1 << 30, description="float32 weights in memory; larger is refused")
     max_running: int = Field(16, ge=1, le=1024, description="requests computed at once")
     max_waiting: int = Field(64, ge=0, le=65_536, description="requests queued; further ones are refused")
-    kv_capacity_mib: int = Field(256, ge=1, le=1 << 20, description="key-value memory of running requests")
-    prefix_store_mib: int = Field(128, ge=1, le=1 << 20, description="key-value blocks kept after their request")
-    step_rows: int = Field(64, ge=16, le=8192, description="rows of one step: decodes first, prefill fills up")
+    kv_capacity_mib: int = Field(384, ge=1, le=1 << 20, description="key-value pages, those of kept prefixes included")
+    step_rows: int = Field(512, ge=16, le=8192, description="rows of one step at most")
+    logit_rows: int = Field(64, ge=1, le=8192, description="rows of one step with logits: scoring and drafts")
+    step_slowdown: float = Field(1.8, ge=1.0, le=100.0, description="a step with prefill against one that only decodes")
+    speculation: Literal["off", "auto"] = Field("auto", description="guess tokens from the text so far while it pays")
+    max_draft: int = Field(8, ge=1, le=64, description="guessed tokens per request and step at most")
+    constraint_ms: int = Field(2000, ge=1, le=60_000, description="longest time to prepare an answer's constraint")
+    constraint_threads: int = Field(1, ge=1, le=64, description="constraints prepared at once")
+    constraints_waiting: int = Field(16, ge=0, le=1024, description="constraints waiting to be prepared; more: refused")
+    constraints_kept: int = Field(64, ge=1, le=4096, description="prepared constraints that are remembered")
+    constraint_symbols: int = Field(50_000, ge=100, le=10_000_000, description="size of a prepared constraint")
+    publish_blocks: int = Field(1, ge=1, le=1024, description="new key-value blocks copied out after a step at most")
     cache_budget_ms: int = Field(300, ge=0, le=60_000, description="longest wait for cached blocks; then recompute")
     publish_queue: int = Field(1024, ge=1, le=65_536, description="blocks waiting to be stored in the cache service")
 
@@ -45,4 +56,20 @@ class WorkerSettings(ServiceSettings):
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_running, self.max_waiting, self.kv_capacity_mib << 20, self.step_rows)
+        return Limits(
+            max_running=self.max_running,
+            max_waiting=self.max_waiting,
+            step_rows=self.step_rows,
+            logit_rows=self.logit_rows,
+            slowdown=self.step_slowdown,
+            max_draft=self.max_draft if self.speculation == "auto" else 0,
+            publish_blocks=self.publish_blocks,
+        )
+
+    @property
+    def kv_capacity_bytes(self) -> int:
+        return self.kv_capacity_mib << 20
+
+    @property
+    def constraint_limits(self) -> CompilerLimits:
+        return CompilerLimits(max_symbols=self.constraint_symbols, cached=self.constraints_kept)

@@ -6,17 +6,19 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
 from engine.checkpoints.variant import Variant
 from engine.executors.interface import Executor
-from engine.prefix import block_hashes
-from engine.runtime.loop import Closed, Load, Loop, QueueFull
+from engine.runtime.constraints import Compiler, Constraint, ConstraintError, Matcher
+from engine.runtime.loop import Closed, Load, Loop, QueueFull, TooLong
+from engine.runtime.pages import PagePool
 from engine.runtime.sequences import Event, Failure, Finished, Request, Tokens
 from services.chassis import deadlines
 from services.chassis.errors import Internal, InvalidRequest, OutOfTime, ServiceError, TooBusy, Unavailable
-from services.sparse_inference.prefixes import Prefixes, Scope
+from services.chassis.offload import Offload
+from services.sparse_inference.prefixes import Found, Prefixes, Scope
 from services.sparse_inference.settings import WorkerSettings
 
 RETRY_AFTER_S = 1.0
@@ -27,22 +29,31 @@ MAX_MERGED_EVENTS = 4096
 class Worker:
     """One variant being served. Methods belong to the event loop it was made on."""
 
-    def __init__(self, settings: WorkerSettings, variant: Variant, executor: Executor, prefixes: Prefixes) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        variant: Variant,
+        executor: Executor,
+        prefixes: Prefixes,
+        pages: PagePool,
+        compiler: Compiler,
+    ) -> None:
         self.settings, self.variant, self.executor = settings, variant, executor
-        self._prefixes = prefixes
+        self._prefixes, self._compiler = prefixes, compiler
+        self._compiling = Offload("constraints", settings.constraint_threads, settings.constraints_waiting)
         self._events = asyncio.get_running_loop()
         self.kv_bytes_per_token = executor.page_bytes // executor.block_tokens
         self.weight_bytes = 4 * variant.architecture.parameters
         self.context_tokens = min(
             variant.architecture.max_position_embeddings,
-            settings.limits.kv_capacity_bytes // executor.page_bytes * executor.block_tokens,
+            executor.page_count * executor.block_tokens,
         )
+        self.kv_capacity_bytes = executor.page_count * executor.page_bytes
+        self._ends = frozenset(variant.architecture.end_token_ids)
         self._arriving = 0
-        self._loop = Loop(
-            executor,
-            self.kv_bytes_per_token,
-            settings.limits,
-        )
+        self._heard: list[tuple[asyncio.Queue[Event], Event]] = []
+        """Events of the turn under way; belongs to the step thread."""
+        self._loop = Loop(executor, settings.limits, pages, after_turn=self._hand_over)
         self.draining = False
 
     def start(self) -> None:
@@ -58,6 +69,7 @@ class Worker:
 
     async def ended(self, timeout_s: float) -> bool:
         """After `drain`: waits until the step thread has ended. False when time ran out first."""
+        self._compiling.close()
         return await asyncio.to_thread(self._loop.join, timeout_s)
 
     def check(self, request: Request) -> None:
@@ -82,7 +94,9 @@ class Worker:
                 prompt_tokens=length, context_tokens=self.context_tokens,
             )  # fmt: skip
 
-    async def run(self, request: Request, tenant: str) -> AsyncIterator[Tokens | Finished]:
+    async def run(
+        self, request: Request, tenant: str, constraint: Constraint | None = None
+    ) -> AsyncIterator[Tokens | Finished]:
         """Yields tokens as they come, all that are ready at once, then one Finished. Closing it cancels the request.
 
         Raises InvalidRequest, TooBusy, Unavailable, OutOfTime or Internal.
@@ -93,30 +107,41 @@ class Worker:
         left = deadlines.remaining_s()
         deadline = None if left is None else time.monotonic() + left
         scope = Scope(self.variant.digest, tenant, self.executor.block_tokens)
-        blocks = await self._blocks(scope, request)
+        with _refusals():
+            self._loop.check_room(self._arriving)
+        self._arriving += 1
+        try:
+            matcher = None if constraint is None else await self._matcher(constraint, request)
+            found = Found() if request.score_from is not None else await self._prefixes.find(scope, request.token_ids)
+        finally:
+            self._arriving -= 1
         queue: asyncio.Queue[Event] = asyncio.Queue()  # bounded by max_tokens: one event per token at most
 
         def listen(event: Event) -> None:
+            self._heard.append((queue, event))
+
+        def publish(name: bytes, payload: Callable[[], bytes]) -> None:
+            if not self._prefixes.has_room:
+                self._prefixes.drop()
+                return
+            content = payload()
             with contextlib.suppress(RuntimeError):  # the event loop has ended; so has everyone who waits
-                self._events.call_soon_threadsafe(queue.put_nowait, event)
-
-        def names(token_ids: Sequence[int]) -> list[bytes]:
-            return block_hashes(scope.key, token_ids, scope.block_tokens)
-
-        def keep(name: bytes, payload: bytes) -> None:
-            with contextlib.suppress(RuntimeError):
-                self._events.call_soon_threadsafe(self._prefixes.keep, scope, name, payload)
+                self._events.call_soon_threadsafe(self._prefixes.keep, scope, name, content)
 
         prepared = replace(
             request,
-            prefix_blocks=blocks,
-            block_names=names if request.score_from is None else None,
-            on_block=keep,
+            scope=scope.key if request.score_from is None else None,
+            block_names=found.names,
+            prefix_blocks=found.fetched,
+            on_block=publish if request.score_from is None else None,
+            matcher=matcher,
+            # A constraint says when the answer ends; going on past its end would have no meaning.
+            end_token_ids=request.end_token_ids if matcher is None else self._ends,
             deadline=deadline,
         )
         with _refusals():
             running = self._loop.submit(prepared, listen)
-        del blocks, prepared  # the payloads belong to the loop, which lets go of them when it begins
+        del found, prepared  # the payloads belong to the loop, which lets go of them when it begins
         try:
             while True:
                 for event in _merge(await _ready(queue)):
@@ -128,30 +153,48 @@ class Worker:
         finally:
             self._loop.cancel(running)
 
-    async def _blocks(self, scope: Scope, request: Request) -> Sequence[bytes]:
-        """Known leading blocks. Nothing is fetched for a request that would find no place afterwards."""
-        with _refusals():
-            self._loop.check_room(self._arriving)
-        if request.score_from is not None:
-            return ()
-        self._arriving += 1
+    async def _matcher(self, constraint: Constraint, request: Request) -> Matcher:
+        """The constraint's automaton after the resumed tokens; prepared off both loops, in bounded time."""
+        resumed = request.token_ids[len(request.token_ids) - request.resumed_tokens :]
+        budget_s = self.settings.constraint_ms / 1000
         try:
-            return await self._prefixes.find(scope, request.token_ids)
-        finally:
-            self._arriving -= 1
+            async with asyncio.timeout(budget_s):
+                return await self._compiling(self._compiler.compile, constraint, resumed)
+        except TimeoutError:
+            raise InvalidRequest(
+                f"the {constraint.kind} could not be prepared within {budget_s:g} s; make it simpler",
+                limit_ms=self.settings.constraint_ms,
+            ) from None
+        except ConstraintError as error:
+            raise InvalidRequest(str(error), field=constraint.kind) from None
+
+    def _hand_over(self) -> None:
+        """On the step thread, after a turn: one crossing to the event loop for all that was heard in it."""
+        if self._heard:
+            heard, self._heard = self._heard, []
+            with contextlib.suppress(RuntimeError):  # the event loop has ended; so has everyone who waits
+                self._events.call_soon_threadsafe(_deliver, heard)
 
 
 _ERRORS: dict[Failure, type[ServiceError]] = {
     Failure.EXPIRED: OutOfTime,
     Failure.CANCELLED: OutOfTime,
+    Failure.CONSTRAINT: InvalidRequest,
     Failure.INTERNAL: Internal,
 }
+
+
+def _deliver(heard: list[tuple[asyncio.Queue[Event], Event]]) -> None:
+    for queue, event in heard:
+        queue.put_nowait(event)
 
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     try:
         yield
+    except TooLong as error:
+        raise InvalidRequest(str(error)) from None
     except QueueFull as error:
         raise TooBusy(str(error), retry_after_s=RETRY_AFTER_S) from None
     except Closed as error:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,11 @@ from autoglm.third_party import envoy_core_pb2, envoy_type_pb2, ext_proc_mode_pb
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fakes.venvs import python_with, run_script
+
 HERE = Path(__file__).parent / "third_party_protos"
 GOLDEN = HERE / "golden.json"
 REQUIREMENTS = ("xds-protos==1.85.0", "protobuf==7.36.2", "grpcio==1.85.1")
-VENV = ROOT / ".cache" / "venvs" / "xds"
-NO_INDEX = ("No matching distribution", "Could not find a version", "Connection", "Temporary failure", "timed out")
 
 MESSAGES: dict[str, Any] = {
     f"{file.DESCRIPTOR.package}.{name}": getattr(file, name)
@@ -68,34 +64,12 @@ def test_the_service_is_envoys() -> None:
 @pytest.fixture(scope="session")
 def real_stubs() -> Path:
     """The Python of an environment that has the real stubs; made once, reused afterwards."""
-    python = VENV / "bin" / "python"
-    stamp = VENV / "requirements"
-    if stamp.exists() and stamp.read_text() == "\n".join(REQUIREMENTS):
-        return python
-    subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True, capture_output=True)
-    command = [python, "-m", "pip", "install", "--quiet", "--retries", "0", *REQUIREMENTS]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        if any(text in done.stderr for text in NO_INDEX):
-            pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
-        raise AssertionError(done.stderr)
-    stamp.write_text("\n".join(REQUIREMENTS))
-    return python
+    return python_with("xds", REQUIREMENTS)
 
 
 def speak(python: Path, verb: str, payload: Any = None) -> Any:
     """Runs the script that knows the real stubs."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    done = subprocess.run(
-        [python, HERE / "real_stubs.py", verb],
-        input=json.dumps(payload),
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=VENV,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_script(python, HERE / "real_stubs.py", verb, text=json.dumps(payload)))
 
 
 def shape(descriptor: Descriptor) -> dict[str, list[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,22 +10,23 @@ import pytest
 from engine.executors.interface import F32, Span
 from engine.prefix import block_hashes, scope_key
 from engine.runtime.loop import Limits, Loop
-from engine.runtime.sampling import Sampling, draw, logprobs_of
-from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Request, Running, Tokens
-from tests.fakes.counting_executor import BLOCK, CountingCache, CountingExecutor, next_token
+from engine.runtime.sampling import NOTHING_SEEN, Sampling, draw, logprobs_of
+from engine.runtime.sequences import Failure, Finished, FinishReason, Request, Running, Tokens
+from tests.fakes.counting_executor import BLOCK, CountingExecutor, next_token, payload_of
+from tests.fakes.ear import WAIT_S, Ear
 
-WAIT_S = 20
 ENDLESS = 1_000_000
 """Tokens nobody waits for: the fake takes longer for each one, so such a stream never ends by itself."""
 GREEDY = Sampling(temperature=0)
+SCOPE = scope_key("v", "t", BLOCK)
 BAD = 200
 """A token after which the executor below gives NaN; it never generates it."""
 
 
 class PoisonedExecutor(CountingExecutor):
-    """NaN logits after the token BAD; no memory for caches of exactly `unlucky` tokens."""
+    """NaN logits after the token BAD; no memory to load the payload `unlucky`."""
 
-    unlucky = -1
+    unlucky = b""
 
     def step(self, spans: Sequence[Span]) -> list[F32 | None]:
         results = super().step(spans)
@@ -35,24 +35,10 @@ class PoisonedExecutor(CountingExecutor):
                 logits[-1, 5] = np.nan
         return results
 
-    def new_cache(self, capacity_tokens: int) -> CountingCache:
-        if capacity_tokens == self.unlucky:
+    def write_page(self, page: int, payload: bytes) -> None:
+        if payload == self.unlucky:
             raise MemoryError
-        return super().new_cache(capacity_tokens)
-
-
-class Ear:
-    def __init__(self) -> None:
-        self.events: queue.Queue[Event] = queue.Queue()
-
-    def __call__(self, event: Event) -> None:
-        self.events.put(event)
-
-    def all(self) -> tuple[list[int], Finished | Failure]:
-        tokens: list[int] = []
-        while isinstance(event := self.events.get(timeout=WAIT_S), Tokens):
-            tokens += event.token_ids
-        return tokens, event
+        super().write_page(page, payload)
 
 
 @pytest.fixture
@@ -62,7 +48,7 @@ def executor() -> PoisonedExecutor:
 
 @pytest.fixture
 def loop(executor: PoisonedExecutor) -> Iterator[Loop]:
-    loop = Loop(executor, 1, Limits(kv_capacity_bytes=10_000_000, step_rows=8))
+    loop = Loop(executor, Limits(step_rows=8))
     loop.start()
     yield loop
     loop.close()
@@ -111,33 +97,31 @@ def test_scores_of_nan_end_their_request(loop: Loop) -> None:
 
 
 def test_a_request_that_cannot_begin_ends_alone(loop: Loop, executor: PoisonedExecutor) -> None:
-    """No memory for its cache: a failure of that request only."""
-    executor.unlucky = 7
-    mate_survives(loop, {}, [4, 5, 6, 7])
+    """No memory for what was fetched for it: a failure of that request only, and no page is lost."""
+    prompt = [4, 5, 6, 7, 8]
+    executor.unlucky = payload_of(prompt, 0)
+    name = block_hashes(SCOPE, prompt, BLOCK)[0]
+    mate_survives(loop, {"scope": SCOPE, "prefix_blocks": {name: executor.unlucky}}, prompt)
+    assert loop.pages.available == executor.page_count
 
 
 def test_a_name_that_fails_at_the_start_ends_its_request(loop: Loop) -> None:
-    """Naming blocks is the caller's code; its exception is that request's failure."""
-
-    def fail(_: Sequence[int]) -> list[bytes]:
-        raise RuntimeError("planted")
-
-    mate_survives(loop, {"block_names": fail}, [4, 5])
+    """A scope that is no key is that request's failure."""
+    mate_survives(loop, {"scope": b"x" * 65}, [4, 5, 6, 7, 8])
 
 
 def test_blocks_that_cannot_be_handed_on_cost_no_token(loop: Loop) -> None:
     """Publishing is a favour to later requests: its failure changes neither the stream nor the thread."""
     told: list[bytes] = []
 
-    def fail(name: bytes, payload: bytes) -> None:
+    def fail(name: bytes, read: object) -> None:
         told.append(name)
         raise RuntimeError("planted")
 
-    def names(ids: Sequence[int]) -> list[bytes]:
-        return block_hashes(scope_key("v", "t", BLOCK), ids, BLOCK)
-
-    tokens, end = ask(loop, [1, 2, 3, 4, 5], 12, block_names=names, on_block=fail)[0].all()
+    tokens, end = ask(loop, [1, 2, 3, 4, 5], 12, scope=SCOPE, on_block=fail)[0].all()
     assert tokens == expected([1, 2, 3, 4, 5], 12) and isinstance(end, Finished)
+    loop.close()
+    assert loop.join(WAIT_S)
     assert len(told) == 1
 
 
@@ -169,16 +153,17 @@ def test_nothing_to_generate_gives_nothing(loop: Loop) -> None:
 
 def test_prefix_payloads_are_let_go_when_the_request_begins(loop: Loop) -> None:
     """While it runs, a prefix is in memory once: in the request's cache."""
-    ear, running = ask(loop, [1, 2, 3, 4, 5], ENDLESS, prefix_blocks=[bytes([1, 2, 3, 4])])
+    fetched = {block_hashes(SCOPE, [1, 2, 3, 4], BLOCK)[0]: payload_of([1, 2, 3, 4], 0)}
+    ear, running = ask(loop, [1, 2, 3, 4, 5], ENDLESS, scope=SCOPE, prefix_blocks=fetched)
     first = ear.events.get(timeout=WAIT_S)
     assert isinstance(first, Tokens) and first.cached_tokens == BLOCK
-    assert running.request.prefix_blocks == ()
+    assert running.request.prefix_blocks == {}
     loop.cancel(running)
 
 
 def test_many_decoding_requests_do_not_shut_out_a_new_one() -> None:
     """With as many streams as a step has rows, a new prompt still gets its block each step."""
-    loop = Loop(CountingExecutor(), 1, Limits(kv_capacity_bytes=100_000, step_rows=4, max_running=16))
+    loop = Loop(CountingExecutor(), Limits(step_rows=4, max_running=16))
     loop.start()
     streams = [ask(loop, [n + 1], 9000) for n in range(6)]
     for ear, _ in streams:
@@ -198,5 +183,5 @@ def test_the_best_are_those_of_a_full_sort(count: int) -> None:
     logits = np.random.default_rng(count).integers(0, 6, 40).astype(np.float32)
     full = np.argsort(-logits.astype(np.float64), kind="stable")[:count]
     assert [token for token, _ in logprobs_of(logits, 0, count).top] == full.tolist()
-    seen = {draw(logits, Sampling(top_k=count, seed=seed, temperature=100.0), [], []) for seed in range(400)}
+    seen = {draw(logits, Sampling(top_k=count, seed=seed, temperature=100.0), NOTHING_SEEN, 0) for seed in range(400)}
     assert seen <= set(full.tolist()) and (count > 5 or seen == set(full.tolist()))

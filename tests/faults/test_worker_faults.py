@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from autoglm.sparse_inference.v1 import sparse_inference_pb2 as pb
 from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc as rpc
 from autoglm.type.v1 import generation_pb2
 
-from engine.runtime.blocks import BlockStore
+from engine.runtime.constraints import Compiler, CompilerLimits, Constraint
+from engine.runtime.pages import PagePool
 from engine.runtime.sampling import Sampling
 from engine.runtime.sequences import Failure, Request, Tokens
 from services.chassis import deadlines
@@ -29,6 +31,7 @@ from services.sparse_inference.settings import WorkerSettings
 from services.sparse_inference.worker import Worker
 from tests.fakes.counting_executor import BLOCK, VOCABULARY, CountingExecutor, next_token
 from tests.fakes.processes import running
+from tests.fakes.small_tokenizer import END, text_of, tokenizer_json
 
 WAIT_S = 20
 GREEDY = Sampling(temperature=0)
@@ -63,9 +66,11 @@ class Remote:
 
 def make(remote: Remote, executor: CountingExecutor, budget_s: float = WAIT_S, **fields: object) -> Worker:
     settings = WorkerSettings(**({"max_running": 1, "max_waiting": 1} | fields))  # type: ignore[arg-type]
-    config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=3000, kv_bytes_per_token=1024)
-    variant: Any = SimpleNamespace(digest="sha256:v", weights=SimpleNamespace(config=config))
-    worker = Worker(settings, variant, executor, Prefixes(BlockStore(1 << 20), remote, budget_s, 64))
+    arch = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=3000, end_token_ids=(END,), parameters=0)
+    variant: Any = SimpleNamespace(digest="sha256:v", architecture=arch)
+    pages = PagePool(executor.page_count)
+    compiler = Compiler(tokenizer_json, VOCABULARY, [END], CompilerLimits())
+    worker = Worker(settings, variant, executor, Prefixes(pages, remote, budget_s, 64), pages, compiler)
     worker.start()
     return worker
 
@@ -147,7 +152,7 @@ async def test_a_drain_while_the_cache_is_asked_sends_the_request_elsewhere() ->
 
 async def test_the_context_is_what_the_memory_can_hold() -> None:
     """A worker with less memory than the model's context says so, instead of refusing every default request."""
-    worker = make(Remote(), CountingExecutor(), kv_capacity_mib=1)
+    worker = make(Remote(), CountingExecutor(page_count=256))
     assert worker.context_tokens == 1024
     with pytest.raises(InvalidRequest, match="1024"):
         worker.check(Request([1] * 1000, 25, GREEDY))
@@ -170,10 +175,58 @@ async def test_a_slow_reader_gets_pieces_within_the_bound_and_what_came_before_a
     assert sizes == [worker_module.MAX_MERGED_EVENTS, 10]
 
 
+async def test_blocks_computed_by_two_requests_are_published_once() -> None:
+    """The second finds the first one's pages; what is published is what was computed, within the queue's bound."""
+    remote = Remote()
+    remote.answer.set()
+    worker = make(remote, CountingExecutor(), budget_s=0)
+    publisher = asyncio.create_task(worker._prefixes.publish())
+    for _ in range(2):
+        assert await collect(worker, Request([1] * 20, 5, GREEDY)) == expected([1] * 20, 5)
+    await finish(worker)
+    await worker._prefixes.flush(WAIT_S)
+    assert remote.stored == 24 // BLOCK
+    publisher.cancel()
+
+
+async def test_an_answer_is_held_to_its_constraint_and_bad_ones_are_refused() -> None:
+    """A regular expression is kept, before and after a resume; one that is wrong or contradicted is refused."""
+    worker = make(Remote(), CountingExecutor(), budget_s=0)
+    constraint = Constraint("regex", "[0-9]{3}-[a-f]{4}")
+
+    async def answer(request: Request, constraint: Constraint = constraint) -> list[int]:
+        events = worker.run(request, "tenant", constraint)
+        return [token async for event in events if isinstance(event, Tokens) for token in event.token_ids]
+
+    whole = await answer(Request([1] * 5, 50, GREEDY))
+    assert len(whole) == 8 and text_of(whole)[3] == "-"
+    assert whole[:4] + await answer(Request([1] * 5 + whole[:4], 46, GREEDY, resumed_tokens=4)) == whole
+    for bad in ("[", "(" * 200):
+        with pytest.raises(InvalidRequest, match="regex"):
+            await answer(Request([1], 5, GREEDY), Constraint("regex", bad))
+    with pytest.raises(InvalidRequest):
+        await answer(Request([1, 2], 5, GREEDY, resumed_tokens=1))
+    await finish(worker)
+
+
+async def test_a_constraint_has_a_time_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not prepared in time is refused, and the places to prepare are bounded."""
+    worker = make(Remote(), CountingExecutor(), budget_s=0, constraint_ms=50, constraints_waiting=0)
+    gate = threading.Event()
+    monkeypatch.setattr(worker._compiler, "compile", lambda *_: gate.wait(WAIT_S))
+    with pytest.raises(InvalidRequest, match="simpler"):
+        await anext(worker.run(Request([1], 5, GREEDY), "tenant", Constraint("regex", "a")))
+    with pytest.raises(TooBusy):
+        await anext(worker.run(Request([1], 5, GREEDY), "tenant", Constraint("regex", "a")))
+    gate.set()
+    assert await collect(worker, Request([1], 3, GREEDY)) == expected([1], 3)
+    await finish(worker)
+
+
 async def test_publishing_survives_surprises_and_is_flushed() -> None:
     """An exception nobody foresaw costs one batch; `flush` waits for the rest, or drops it knowingly."""
     remote = Remote()
-    prefixes = Prefixes(BlockStore(1 << 20), remote, 0, 64)
+    prefixes = Prefixes(PagePool(1), remote, 0, 64)
     scopes = [Scope("v", f"t{n % 2}", BLOCK) for n in range(6)]
     publisher = asyncio.create_task(prefixes.publish())
     remote.failure = ZeroDivisionError("planted")
@@ -186,9 +239,6 @@ async def test_publishing_survives_surprises_and_is_flushed() -> None:
     remote.answer.set()
     await prefixes.flush(WAIT_S)
     assert remote.stored == 6 and not publisher.done()
-    prefixes.keep(scopes[0], bytes([1]) * 32, b"x")
-    await prefixes.flush(WAIT_S)
-    assert remote.stored == 6, "a block that two requests computed is published once"
     publisher.cancel()
 
 
@@ -216,21 +266,22 @@ class Scheduler:
                 return
 
 
-def lease_of(store: BlockStore, scheduler: Any, worker: Any, monkeypatch: pytest.MonkeyPatch) -> Lease:
+def lease_of(pages: PagePool, scheduler: Any, worker: Any, monkeypatch: pytest.MonkeyPatch) -> Lease:
     monkeypatch.setattr("services.sparse_inference.lease.registration", lambda *_: scheduler_pb2.LeaseRequest())
-    return Lease(WorkerSettings(), worker, store, scheduler, "127.0.0.1:1", jitter=lambda: 0.0)
+    return Lease(WorkerSettings(), worker, pages, scheduler, "127.0.0.1:1", jitter=lambda: 0.0)
 
 
 async def test_a_renewed_lease_restates_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more blocks than a report may hold, a new lease soon knows all of them: one reset, then the rest."""
     names = [number.to_bytes(32, "little") for number in range(10_000)]
-    store = BlockStore(20_000)
+    pages = PagePool(20_000)
     for name in names:
-        store.put(name, b"x")
+        page = pages.take()
+        assert page is not None and pages.name(page, name) == page
     worker = make(Remote(), CountingExecutor())
     scheduler = Scheduler(ends_after=8)
     scheduler.failure = ZeroDivisionError("planted: the lease must survive it")
-    hold = asyncio.create_task(lease_of(store, scheduler, worker, monkeypatch).hold())
+    hold = asyncio.create_task(lease_of(pages, scheduler, worker, monkeypatch).hold())
     await asyncio.wait_for(scheduler.third.wait(), WAIT_S)
     for heard in scheduler.leases[:2]:
         reports = [each.prefixes for each in heard if each.HasField("prefixes")]

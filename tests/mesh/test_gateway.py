@@ -85,6 +85,17 @@ async def test_a_grpc_stream_is_text_finish_usage(gateway: GatewayUnderTest, pee
     assert not tokens[0].HasField("logprob")
 
 
+async def test_a_constraint_reaches_the_worker(gateway: GatewayUnderTest, peers: Peers) -> None:
+    """Each kind, and the least length; an impossible length is refused before."""
+    await ask(gateway, regex="[ab]+", min_tokens=3, max_tokens=5)
+    await ask(gateway, json_schema="")
+    first, second = (call.request for call in peers.calls)
+    assert (first.regex, first.min_tokens) == ("[ab]+", 3)
+    assert second.WhichOneof("constraint") == "json_schema" and second.json_schema == ""
+    with pytest.raises(grpc.aio.AioRpcError, match="min_tokens"):
+        await ask(gateway, min_tokens=6, max_tokens=5)
+
+
 async def test_the_worker_is_asked_exactly(gateway: GatewayUnderTest, peers: Peers) -> None:
     """Prompt ids, sampling, limits, tenant, seed and the remaining deadline reach the worker."""
     sampling = generation_pb2.SamplingParams(temperature=0.5, top_k=7, seed=9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import urllib.error
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -145,6 +146,32 @@ async def test_the_same_seed_gives_the_same_tokens_on_both_workers(mesh: Mesh, c
         )
         texts.update(answer.text for answer in answers)
     assert len(texts) == 1
+
+
+async def test_an_answer_keeps_to_a_schema_whoever_asks(
+    mesh: Mesh, client: autoglm.AsyncClient, openai_client: openai.OpenAI
+) -> None:
+    """The same schema over OpenAI's API and over the SDK: JSON that it accepts, and for one seed the same text."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["os", "sys"]}, "lines": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["name", "lines"],
+        "additionalProperties": False,
+    }
+    said = await asyncio.to_thread(
+        openai_client.chat.completions.create,
+        model=MODEL,
+        messages=[{"role": "user", "content": "describe a module"}],
+        max_tokens=60,
+        seed=5,
+        response_format={"type": "json_schema", "json_schema": {"name": "module", "schema": schema, "strict": True}},
+    )
+    text = said.choices[0].message.content
+    found = json.loads(text)
+    assert found["name"] in ("os", "sys") and 0 <= found["lines"] <= 99 and said.choices[0].finish_reason == "stop"
+    messages = [autoglm.Message("user", "describe a module")]
+    done = await client.chat(messages, model=MODEL, max_tokens=60, seed=5, json_schema=schema)
+    assert done.text == text
 
 
 async def test_a_broken_policy_edit_is_refused_and_the_old_one_stays(mesh: Mesh, client: autoglm.AsyncClient) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test` (group numerics)")
-onnx = pytest.importorskip("onnx", reason="onnx is not installed: run `make test` (group onnx)")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: run `make test` (group export)")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: run `make test` (group onnx)")
 
 from engine.checkpoints import export_onnx as exporter

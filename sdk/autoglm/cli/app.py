@@ -106,6 +106,10 @@ def generate(
     frequency_penalty: opt.FrequencyPenalty = None,
     repetition_penalty: opt.RepetitionPenalty = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.")] = False,
+    min_tokens: opt.MinTokens = None,
+    json_schema: opt.JsonSchema = None,
+    regex: opt.Regex = None,
+    grammar: opt.Grammar = None,
     timeout: opt.Timeout = opt.TIMEOUT_S,
     tls: opt.TlsFlag = False,
     ca: opt.CaFile = None,
@@ -131,6 +135,10 @@ def generate(
         "frequency_penalty": frequency_penalty,
         "repetition_penalty": repetition_penalty,
         "ignore_eos": ignore_eos,
+        "min_tokens": min_tokens,
+        "json_schema": opt.read_constraint(json_schema),
+        "regex": opt.read_constraint(regex),
+        "grammar": opt.read_constraint(grammar),
     }
     messages = None
     if chat or system is not None:

@@ -14,6 +14,7 @@ import typer
 from autoglm import Client, Tls
 from autoglm.connection import DEFAULT_TIMEOUT_S
 
+MAX_CONSTRAINT_BYTES = 65_536
 MAX_STDIN_BYTES = 4 * 2**20
 """Most bytes read as one prompt from standard input; the mesh accepts 1 MiB."""
 
@@ -42,6 +43,12 @@ Stop: TypeAlias = Annotated[list[str] | None, typer.Option(help="A string that e
 PresencePenalty: TypeAlias = Annotated[float | None, typer.Option(help="Against tokens already used, once.")]
 FrequencyPenalty: TypeAlias = Annotated[float | None, typer.Option(help="Against tokens already used, each time.")]
 RepetitionPenalty: TypeAlias = Annotated[float | None, typer.Option(help="Against tokens of prompt and answer.")]
+MinTokens: TypeAlias = Annotated[int | None, typer.Option("--min-tokens", help="Fewest tokens of an answer.")]
+JsonSchema: TypeAlias = Annotated[
+    str | None, typer.Option("--json-schema", help="JSON schema the answer must keep, or @FILE.")
+]
+Regex: TypeAlias = Annotated[str | None, typer.Option(help="Regular expression the answer must match, or @FILE.")]
+Grammar: TypeAlias = Annotated[str | None, typer.Option(help="Lark or GBNF grammar of the answer, or @FILE.")]
 
 TIMEOUT_S = DEFAULT_TIMEOUT_S
 
@@ -50,6 +57,20 @@ def open_client(target: str | None, model: str | None, timeout: float, tls: bool
     """The client the options describe."""
     trust: Tls | bool = Tls(ca_pem=ca.read_bytes()) if ca is not None else tls
     return Client(target, tls=trust, model=model, timeout=timeout if timeout else None)
+
+
+def read_constraint(value: str | None) -> str | None:
+    """The text itself, or the content of FILE for "@FILE"."""
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        with Path(value[1:]).open("rb") as file:
+            data = file.read(MAX_CONSTRAINT_BYTES + 1)
+        if len(data) > MAX_CONSTRAINT_BYTES:
+            raise typer.BadParameter(f"{value[1:]} is longer than {MAX_CONSTRAINT_BYTES} bytes")
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{value[1:]}: {error}") from None
 
 
 def read_prompt(prompt: str) -> str:

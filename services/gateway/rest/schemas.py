@@ -6,7 +6,7 @@ that are not here yet are refused by name, because an answer that silently ignor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -17,9 +17,11 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
-from services.gateway.requests import Chat, Ids, Message, Prompt, Request, Sampling, Text
+from services.gateway.requests import Chat, Constraint, Ids, Message, Prompt, Request, Sampling, Text
+from services.gateway.rest import constraints
 from services.gateway.rest.errors import Unsupported
 
 MAX_PROMPTS, MAX_STOPS, MAX_STOP_BYTES, MAX_IDS, MAX_TOKEN_ID = 8, 16, 256, 131_072, 2_000_000
@@ -129,7 +131,13 @@ class Common(_Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     logit_bias: Biases = ()
     ignore_eos: bool | None = None
-    response_format: Annotated[Any, _absent(TEXT_ONLY, {"type": "text"})] = None
+    min_tokens: int | None = Field(None, ge=0, le=131_072)
+    response_format: Annotated[Constraint | None, PlainValidator(constraints.response_format)] = None
+    structured_outputs: Annotated[Constraint | None, PlainValidator(constraints.structured_outputs)] = None
+    guided_json: Annotated[Constraint | None, PlainValidator(constraints.guided_json)] = None
+    guided_regex: Annotated[Constraint | None, PlainValidator(constraints.guided_regex)] = None
+    guided_grammar: Annotated[Constraint | None, PlainValidator(constraints.guided_grammar)] = None
+    guided_choice: Annotated[Constraint | None, PlainValidator(constraints.guided_choice)] = None
 
     @field_validator("stream_options")
     @classmethod
@@ -137,6 +145,20 @@ class Common(_Body):
         if value is not None and not info.data.get("stream"):
             raise ValueError("only allowed when stream is true")
         return value
+
+    @model_validator(mode="after")
+    def _check_constraints(self) -> Self:
+        constraints.only_one(self._constraints)
+        return self
+
+    @property
+    def _constraints(self) -> dict[str, Constraint | None]:
+        names = (
+            "response_format",
+            "structured_outputs",
+            *(f"guided_{n}" for n in ("json", "regex", "grammar", "choice")),
+        )
+        return {name: getattr(self, name) for name in names}
 
     @property
     def include_usage(self) -> bool:
@@ -165,6 +187,8 @@ class Common(_Body):
             logprobs=scored,
             top_logprobs=top or 0,
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            constraint=constraints.only_one(self._constraints),
         )
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from engine.checkpoints import variant
 from engine.checkpoints.architecture import Checkpoint, CheckpointError
+from engine.checkpoints.digest_cache import DigestCache
 from engine.checkpoints.opening import open_checkpoint
 from engine.executors.reference import ReferenceExecutor
 
@@ -138,6 +139,29 @@ def test_shards_are_one_model(sharded: Path) -> None:
     edit = sharded / "model-00002-of-00002.safetensors"
     edit.write_bytes(edit.read_bytes()[:-1] + b"\x01")
     assert open_checkpoint(sharded).weight_files_digest != before
+
+
+def test_rows_of_a_large_tensor_do_not_bring_the_rest_into_memory(model: Path) -> None:
+    """Opening and reading in pieces takes little, whatever the file weighs (here 1.6 GB, nearly all of it a hole)."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 2_000_000, "hidden_size": 200}))
+    wide = {
+        "model.embed_tokens.weight": (2_000_000, 200),
+        "model.layers.0.self_attn.o_proj.weight": (200, 4),
+        "model.layers.0.mlp.down_proj.weight": (200, 6),
+    }
+    path, position, entries = model / "model.safetensors", 0, {}
+    for name, small in SHAPES.items():
+        shape = wide.get(name, (*small[:-1], 200))
+        size = 4 * int(np.prod(shape))
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    header(path, json.dumps(entries).encode())
+    os.truncate(path, path.stat().st_size + position)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checkpoint = open_checkpoint(model)
+    for start in (0, 1_000_000, 1_999_000):
+        assert not checkpoint.rows("embedding", start, start + 1000).any()
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MEMORY_BYTES
 
 
 def test_the_size_of_the_files_is_bounded(model: Path) -> None:
@@ -327,6 +351,16 @@ def test_the_digest_changes_with_everything_that_may_change_tokens(model: Path) 
     digests.append(variant.load(model, "float32").digest)
     assert len(set(digests)) == len(digests)
     assert variant.load(model, "float32").digest == digests[-1]
+
+
+def test_a_remembered_digest_is_the_same_digest(sharded: Path) -> None:
+    """Hashing the weights anew or not makes no other variant."""
+    for path in sharded.iterdir():
+        os.utime(path, (1.0, 1.0))  # files just written are not remembered
+    digests = DigestCache(sharded / "digests")
+    expected = variant.load(sharded, "float32").digest
+    assert [variant.load(sharded, "float32", digests=digests).digest for _ in range(2)] == [expected] * 2
+    assert len(list((sharded / "digests").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])

@@ -10,33 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from engine.prefix import block_hashes, scope_key
-from engine.runtime.loop import Closed, Limits, Loop, QueueFull
+from engine.runtime.loop import Closed, Limits, Loop, QueueFull, TooLong
 from engine.runtime.sampling import Sampling
-from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Request, Running, Tokens
-from tests.fakes.counting_executor import BLOCK, CountingExecutor, next_token
+from engine.runtime.sequences import Failure, Finished, FinishReason, Request, Running, Tokens
+from tests.fakes.counting_executor import BLOCK, CountingExecutor, next_token, payload_of
+from tests.fakes.ear import WAIT_S, Ear
 
 GREEDY = Sampling(temperature=0)
-WAIT_S = 20
 ENDLESS = 1_000_000
 """Tokens nobody waits for: the fake takes longer for each one, so such a stream never ends by itself."""
-
-
-class Ear:
-    """Hears one request's events."""
-
-    def __init__(self) -> None:
-        self.events: queue.Queue[Event] = queue.Queue()
-
-    def __call__(self, event: Event) -> None:
-        self.events.put(event)
-
-    def all(self) -> tuple[list[int], Finished | Failure]:
-        tokens: list[int] = []
-        while True:
-            event = self.events.get(timeout=WAIT_S)
-            if not isinstance(event, Tokens):
-                return tokens, event
-            tokens += event.token_ids
 
 
 def expected(prompt: list[int], count: int) -> list[int]:
@@ -56,7 +38,7 @@ def started() -> Iterator[list[Loop]]:
 
 
 def make(started: list[Loop], executor: CountingExecutor, **limits: int) -> Loop:
-    loop = Loop(executor, 1, Limits(**({"kv_capacity_bytes": 10_000_000} | limits)))
+    loop = Loop(executor, Limits(**limits))
     loop.start()
     started.append(loop)
     return loop
@@ -93,27 +75,50 @@ def test_an_end_token_stops_and_is_not_part_of_the_answer(started: list[Loop]) -
 def test_cached_blocks_are_not_computed_again(started: list[Loop]) -> None:
     """With two leading blocks given, only the rest is prefilled; the tokens are the same; new blocks are published."""
     executor = CountingExecutor()
-    loop = make(started, executor)
     scope = scope_key("v", "t", BLOCK)
-    published: dict[bytes, bytes] = {}
-
-    def names(ids: object) -> list[bytes]:
-        return block_hashes(scope, ids, BLOCK)  # type: ignore[arg-type]
-
     prompt = list(range(1, 12))
-    cold, end = ask(loop, prompt, 6, block_names=names, on_block=published.__setitem__)[0].all()
-    assert isinstance(end, Finished) and end.cached_tokens == 0
-    assert list(published) == block_hashes(scope, prompt + cold[:-1], BLOCK)
-    before = executor.computed_tokens
-    warm, end = ask(loop, prompt, 6, block_names=names, prefix_blocks=list(published.values())[:2])[0].all()
-    assert warm == cold and isinstance(end, Finished) and end.cached_tokens == 2 * BLOCK
-    assert executor.computed_tokens - before == len(prompt) - 2 * BLOCK + 5
+    fetched = {name: payload_of(prompt, n) for n, name in enumerate(block_hashes(scope, prompt, BLOCK))}
+    tokens, end = ask(make(started, executor), prompt, 6, scope=scope, prefix_blocks=fetched)[0].all()
+    assert tokens == expected(prompt, 6) and isinstance(end, Finished) and end.cached_tokens == 2 * BLOCK
+    assert executor.computed_tokens == len(prompt) - 2 * BLOCK + 5
+
+
+def test_pages_of_a_finished_request_serve_the_next_one(started: list[Loop]) -> None:
+    """The same prompt again skips its whole blocks without any copy; without the same scope nothing is shared."""
+    executor = CountingExecutor()
+    loop = make(started, executor)
+    prompt = list(range(1, 12))
+    scopes = [scope_key("v", tenant, BLOCK) for tenant in ("t", "t", "u")]
+    hits = []
+    for scope in [*scopes, None]:
+        tokens, end = ask(loop, prompt, 6, scope=scope)[0].all()
+        assert tokens == expected(prompt, 6) and isinstance(end, Finished)
+        hits.append(end.cached_tokens)
+    assert hits == [0, 2 * BLOCK, 0, 0] and executor.reads == 0
+    assert loop.load().kv_used_bytes == 0 and loop.load().kv_kept_bytes == 8 * executor.page_bytes
+
+
+def test_new_blocks_are_handed_on_once(started: list[Loop]) -> None:
+    """Every block a request completes, prompt and answer, is offered with its payload; a known one is not again."""
+    loop = make(started, CountingExecutor())
+    scope = scope_key("v", "t", BLOCK)
+    told: queue.Queue[tuple[bytes, bytes]] = queue.Queue()
+    prompt = list(range(1, 12))
+    for _ in range(2):
+        tokens, _end = ask(loop, prompt, 6, scope=scope, on_block=lambda name, read: told.put((name, read())))[0].all()
+    loop.close()
+    assert loop.join(WAIT_S)
+    text = prompt + tokens
+    names = block_hashes(scope, text[:-1], BLOCK)
+    assert list(told.queue) == [(name, payload_of(text, n)) for n, name in enumerate(names)]
 
 
 def test_a_bad_cached_block_is_recomputed(started: list[Loop]) -> None:
     """A block the executor cannot use costs time, not correctness."""
     loop = make(started, CountingExecutor())
-    tokens, end = ask(loop, [1, 2, 3, 4, 5, 6], 3, prefix_blocks=[b"wrong size"])[0].all()
+    scope = scope_key("v", "t", BLOCK)
+    names = block_hashes(scope, [1, 2, 3, 4], BLOCK)
+    tokens, end = ask(loop, [1, 2, 3, 4, 5, 6], 3, scope=scope, prefix_blocks={names[0]: b"wrong size"})[0].all()
     assert tokens == expected([1, 2, 3, 4, 5, 6], 3) and isinstance(end, Finished) and end.cached_tokens == 0
 
 
@@ -154,7 +159,7 @@ def test_a_full_queue_refuses_at_once(started: list[Loop]) -> None:
     second, _ = ask(loop, [2], 2)
     with pytest.raises(QueueFull):
         ask(loop, [3], 2)
-    with pytest.raises(QueueFull, match="memory"):
+    with pytest.raises(TooLong, match="memory"):
         ask(loop, [3], 20_000_000)
     gate.set()
     assert first.all()[0] == expected([1], 2) and second.all()[0] == expected([2], 2)
@@ -190,7 +195,7 @@ def test_a_long_prompt_does_not_stall_the_others(started: list[Loop]) -> None:
     ask(loop, [2] * 400, 1)[0].all()
     loop.cancel(running)
     tokens, _ = stream.all()
-    assert max(executor.steps) <= 8 + BLOCK and len(tokens) >= 400 // 8
+    assert max(executor.steps) <= 8 and len(tokens) >= 400 // 8
 
 
 def test_scoring_reports_every_position(started: list[Loop]) -> None:
@@ -214,3 +219,29 @@ def test_a_closed_loop_finishes_its_work_and_refuses_more(started: list[Loop]) -
     with pytest.raises(Closed):
         ask(loop, [2], 1)
     assert ear.all()[0] == expected([1], 30)
+
+
+def test_streams_keep_their_pace_while_long_prompts_arrive(started: list[Loop]) -> None:
+    """Eight decode while prompts of 2,048 tokens come in: no step takes twice a quiet one, and the prompts get done."""
+    executor = CountingExecutor()
+
+    def seconds(rows: int) -> float:
+        return 0.030 + 0.0004 * rows
+
+    def clock() -> float:
+        return sum(map(seconds, executor.steps))
+
+    loop = Loop(executor, Limits(), clock=clock)
+    loop.start()
+    started.append(loop)
+    streams = [ask(loop, [n + 1] * 64, ENDLESS) for n in range(8)]
+    for ear, _ in streams:
+        ear.first()
+    quiet = len(executor.steps)
+    for n in range(3):
+        assert ask(loop, [n + 20] * 2048, 2)[0].all()[0] == expected([n + 20] * 2048, 2)
+    busy = executor.steps[quiet : len(executor.steps)]
+    for _, running in streams:
+        loop.cancel(running)
+    assert max(map(seconds, busy)) <= 2 * seconds(8)
+    assert len(busy) < 3 * 2048 / 40, "the budget is used"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.runtime.sampling import LOWEST_LOGPROB, Sampling, draw, logprobs_of, uniform
+from engine.runtime.sampling import LOWEST_LOGPROB, NOTHING_SEEN, Sampling, TokenCounts, draw, logprobs_of, uniform
 
 
 def logits(*values: float) -> np.ndarray:
@@ -18,15 +18,15 @@ def logits(*values: float) -> np.ndarray:
 
 def test_temperature_zero_takes_the_best_and_the_lowest_id_on_ties() -> None:
     """Greedy is argmax; equal logits go to the smaller id."""
-    assert draw(logits(1, 5, 5, 2), Sampling(temperature=0), [], []) == 1
+    assert draw(logits(1, 5, 5, 2), Sampling(temperature=0), NOTHING_SEEN, 0) == 1
 
 
 def test_the_same_seed_and_position_draw_the_same_token() -> None:
     """A draw depends on seed, choice and position, not on what was drawn before elsewhere."""
     scores = logits(*np.linspace(0, 1, 50))
-    first = [draw(scores, Sampling(seed=9), [], [0] * position) for position in range(20)]
-    again = [draw(scores, Sampling(seed=9), [1, 2, 3], [7] * position) for position in range(20)]
-    other = [draw(scores, Sampling(seed=9, choice=1), [], [0] * position) for position in range(20)]
+    first = [draw(scores, Sampling(seed=9), NOTHING_SEEN, position) for position in range(20)]
+    again = [draw(scores, Sampling(seed=9), TokenCounts([1, 2, 3], [7] * position), position) for position in range(20)]
+    other = [draw(scores, Sampling(seed=9, choice=1), NOTHING_SEEN, position) for position in range(20)]
     assert first == again and first != other
 
 
@@ -44,7 +44,7 @@ def test_a_draw_stays_inside_its_filters(
     """Whatever the settings: a valid id, among the top k, above min-p, inside the nucleus."""
     scores = logits(*values)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    token = draw(scores, sampling, [], [])
+    token = draw(scores, sampling, NOTHING_SEEN, 0)
     better = int(np.count_nonzero(scores > scores[token]))
     assert 0 <= token < len(values)
     assert top_k == 0 or better < top_k
@@ -58,7 +58,7 @@ def test_draws_follow_the_distribution() -> None:
     """Over 4,000 positions the frequencies match the softmax (chi-square, 3 degrees of freedom, p > 0.001)."""
     scores = logits(0.0, 1.0, 2.0, 0.5)
     expected = np.exp(scores) / np.exp(scores).sum()
-    counts = np.bincount([draw(scores, Sampling(seed=1), [], [0] * n) for n in range(4000)], minlength=4)
+    counts = np.bincount([draw(scores, Sampling(seed=1), NOTHING_SEEN, n) for n in range(4000)], minlength=4)
     chi_square = float((((counts - 4000 * expected) ** 2) / (4000 * expected)).sum())
     assert chi_square < 16.27
 
@@ -67,12 +67,14 @@ def test_penalties_and_bias_move_the_choice() -> None:
     """Presence, frequency, repetition and bias act on the tokens they name."""
     scores = logits(3.0, 2.9, 0.0)
     greedy = {"temperature": 0.0}
-    assert draw(scores, Sampling(presence_penalty=0.2, **greedy), [], [0]) == 1
-    assert draw(scores, Sampling(frequency_penalty=0.06, **greedy), [], [0]) == 0
-    assert draw(scores, Sampling(frequency_penalty=0.06, **greedy), [], [0, 0]) == 1
-    assert draw(scores, Sampling(repetition_penalty=1.1, **greedy), [0], []) == 1
-    assert draw(scores, Sampling(logit_bias={2: 50.0}, **greedy), [], []) == 2
-    assert draw(scores, Sampling(presence_penalty=0.2, **greedy), [0], []) == 0, "the prompt is not output"
+    assert draw(scores, Sampling(presence_penalty=0.2, **greedy), TokenCounts([], [0]), 0) == 1
+    assert draw(scores, Sampling(frequency_penalty=0.06, **greedy), TokenCounts([], [0]), 0) == 0
+    assert draw(scores, Sampling(frequency_penalty=0.06, **greedy), TokenCounts([], [0, 0]), 0) == 1
+    assert draw(scores, Sampling(repetition_penalty=1.1, **greedy), TokenCounts([0], []), 0) == 1
+    assert draw(scores, Sampling(logit_bias={2: 50.0}, **greedy), TokenCounts([], []), 0) == 2
+    assert draw(scores, Sampling(presence_penalty=0.2, **greedy), TokenCounts([0], []), 0) == 0, (
+        "the prompt is not output"
+    )
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:

@@ -12,8 +12,8 @@ from autoglm.type.v1 import generation_pb2
 from pydantic import ValidationError
 
 from services.chassis.bounds import bounds_of
-from services.gateway.requests import Chat, Ids, Message, Request, Text
-from services.gateway.rest import schemas
+from services.gateway.requests import Chat, Constraint, Ids, Message, Request, Text
+from services.gateway.rest import constraints, schemas
 from services.gateway.rest.errors import ApiError, from_validation
 from services.gateway.rest.schemas import ChatBody, CompletionBody
 
@@ -97,6 +97,19 @@ def test_legacy_logprobs_count_alternatives() -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"seed": -1}, "seed"),
         ({"top_logprobs": 21}, "top_logprobs"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}}, "response_format"),
+        ({"guided_json": 5}, "guided_json"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_regex": "a" * 65_537}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": ["a", ""]}, "guided_choice"),
+        ({"guided_choice": ["a"] * 1025}, "guided_choice"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
     ],
 )
 def test_a_bad_value_is_named(fields: dict[str, Any], param: str) -> None:
@@ -111,7 +124,6 @@ def test_a_bad_value_is_named(fields: dict[str, Any], param: str) -> None:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
     ],
@@ -138,6 +150,34 @@ def test_features_that_are_off_are_accepted() -> None:
     chat(stop=None, logit_bias=None)
     chat(tools=[], n=None, max_tokens=None, stream=None)
     text(echo=False, suffix=None, best_of=2, n=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text_of_it"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", ""),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}}},
+         "json_schema", '{"type":"null"}'),
+        ({"guided_json": {"type": "null"}}, "json_schema", '{"type":"null"}'),
+        ({"guided_json": '{"type": "null"}'}, "json_schema", '{"type": "null"}'),
+        ({"guided_regex": "[ab]"}, "regex", "[ab]"),
+        ({"guided_grammar": "start: A"}, "grammar", "start: A"),
+        ({"guided_choice": ['say "yes"', "nö"]}, "grammar", 'start: "say \\"yes\\"" | "nö"'),
+        ({"structured_outputs": {"regex": "[ab]", "json": None}}, "regex", "[ab]"),
+        ({"structured_outputs": {"json_object": True}}, "json_schema", ""),
+    ],
+)  # fmt: skip
+def test_a_constraint_has_the_notations_of_openai_and_vllm(fields: dict[str, Any], kind: Any, text_of_it: str) -> None:
+    """Each of them becomes the one constraint of the contract, for chats and for completions."""
+    assert chat(**fields).constraint == text(**fields).constraint == Constraint(kind, text_of_it)
+
+
+def test_only_one_constraint_may_be_given() -> None:
+    """Two are refused, both by name; none is none."""
+    error = refusal(ChatBody, json.dumps(CHAT | {"guided_regex": "a", "guided_json": {}}).encode())
+    assert error.status == 400 and "guided_json and guided_regex" in error.message
+    assert chat(response_format={"type": "text"}, guided_regex=None).constraint is None
+    assert chat(min_tokens=3).min_tokens == 3
 
 
 def test_text_parts_are_joined() -> None:
@@ -172,6 +212,7 @@ SAME = [
     (schemas.Common, "repetition_penalty", generation_pb2.SamplingParams, "repetition_penalty"),
     (schemas.Common, "seed", generation_pb2.SamplingParams, "seed"),
     (schemas.Common, "n", gateway_pb2.GenerateRequest, "choices"),
+    (schemas.Common, "min_tokens", gateway_pb2.GenerateRequest, "min_tokens"),
     (schemas.Common, "max_tokens", gateway_pb2.GenerateRequest, "max_tokens"),
     (schemas.ChatBody, "top_logprobs", gateway_pb2.GenerateRequest, "top_logprobs"),
     (schemas.CompletionBody, "logprobs", gateway_pb2.GenerateRequest, "top_logprobs"),
@@ -200,4 +241,7 @@ def test_list_bounds_are_those_of_the_contract() -> None:
     assert stop is not None and bias is not None and ids is not None
     assert (schemas.MAX_STOPS, schemas.MAX_STOP_BYTES) == (stop.max_items, stop.max_bytes)
     assert schemas.MAX_BIASES == bias.max_items
+    for name in ("json_schema", "regex", "grammar"):
+        bounds = bounds_of(fields[name])
+        assert bounds is not None and bounds.max_bytes == constraints.MAX_CONSTRAINT_BYTES
     assert (schemas.MAX_IDS, schemas.MAX_TOKEN_ID) == (ids.max_items, ids.max)

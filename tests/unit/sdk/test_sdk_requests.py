@@ -36,6 +36,16 @@ def test_options_left_out_or_none_stay_unset() -> None:
     assert build(temperature=0).sampling.HasField("temperature")
 
 
+def test_an_answer_can_be_constrained_one_way() -> None:
+    """A schema may be a mapping or its text; two constraints are refused before anything is sent."""
+    assert build(json_schema={"type": "null"}, min_tokens=2).json_schema == '{"type":"null"}'
+    assert build(json_schema="").WhichOneof("constraint") == "json_schema"
+    assert build(regex="a").regex == "a" and build(grammar="start: A").grammar == "start: A"
+    for options in ({"regex": "a", "grammar": "b"}, {"json_schema": {"a": {1}}}, {"regex": 5}):
+        with pytest.raises(InvalidRequestError):
+            build(**options)
+
+
 def test_a_lone_stop_string_is_one_stop_string() -> None:
     """It is not taken apart into characters."""
     assert list(build(stop="END").stop) == ["END"]

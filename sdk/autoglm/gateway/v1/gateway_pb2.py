@@ -26,7 +26,7 @@ from autoglm.type.v1 import generation_pb2 as autoglm_dot_type_dot_v1_dot_genera
 from autoglm.validation.v1 import bounds_pb2 as autoglm_dot_validation_dot_v1_dot_bounds__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n autoglm/gateway/v1/gateway.proto\x12\x12\x61utoglm.gateway.v1\x1a autoglm/type/v1/generation.proto\x1a\"autoglm/validation/v1/bounds.proto\"\xf5\x02\n\x0fGenerateRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\xda\xd4\x18\x05(\x80\x01\x30\x01\x12\x18\n\x04text\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@H\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.autoglm.gateway.v1.ChatH\x00\x12\x31\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1c.autoglm.gateway.v1.TokenIdsH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.autoglm.type.v1.SamplingParams\x12\x1c\n\nmax_tokens\x18\x06 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x80\x08\x12\x19\n\x04stop\x18\x07 \x03(\tB\x0b\xda\xd4\x18\x07(\x80\x02\x30\x01\x38\x10\x12\x17\n\x07\x63hoices\x18\x08 \x01(\rB\x06\xda\xd4\x18\x02\x10\x10\x12\x10\n\x08logprobs\x18\t \x01(\x08\x12\x1c\n\x0ctop_logprobs\x18\n \x01(\rB\x06\xda\xd4\x18\x02\x10\x14\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x42\x08\n\x06prompt\"D\n\x04\x43hat\x12<\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.autoglm.gateway.v1.ChatMessageB\t\xda\xd4\x18\x05\x38\x80\x04@\x01\"@\n\x0b\x43hatMessage\x12\x16\n\x04role\x18\x01 \x01(\tB\x08\xda\xd4\x18\x04( 0\x01\x12\x19\n\x07\x63ontent\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@\"-\n\x08TokenIds\x12!\n\ttoken_ids\x18\x01 \x03(\rB\x0e\xda\xd4\x18\n\x10\x80\x89z8\x80\x80\x08@\x01\"\xe4\x01\n\x10GenerateResponse\x12\x1a\n\nrequest_id\x18\x01 \x01(\tB\x06\xda\xd4\x18\x02(@\x12\x1e\n\x0evariant_digest\x18\x02 \x01(\tB\x06\xda\xd4\x18\x02(P\x12.\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1d.autoglm.gateway.v1.TextDeltaH\x00\x12\x32\n\x06\x66inish\x18\x04 \x01(\x0b\x32 .autoglm.gateway.v1.ChoiceFinishH\x00\x12\'\n\x05usage\x18\x05 \x01(\x0b\x32\x16.autoglm.type.v1.UsageH\x00\x42\x07\n\x05\x65vent\"s\n\tTextDelta\x12\x16\n\x06\x63hoice\x18\x01 \x01(\rB\x06\xda\xd4\x18\x02\x10\x7f\x12\x16\n\x04text\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@\x12\x36\n\x06tokens\x18\x03 \x03(\x0b\x32\x1d.autoglm.gateway.v1.TokenTextB\x07\xda\xd4\x18\x03\x38\x80 \"\xb1\x01\n\tTokenText\x12\x1a\n\x08token_id\x18\x01 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x89z\x12\x18\n\x07\x63ontent\x18\x02 \x01(\x0c\x42\x07\xda\xd4\x18\x03(\x80 \x12,\n\x07logprob\x18\x03 \x01(\x02\x42\x16\xda\xd4\x18\x12\x19\x00\x00\x00\x00\x00\x88\xc3\xc0!\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12\x34\n\x03top\x18\x04 \x03(\x0b\x32\x1f.autoglm.gateway.v1.AlternativeB\x06\xda\xd4\x18\x02\x38\x14\x42\n\n\x08_logprob\"l\n\x0b\x41lternative\x12\x1a\n\x08token_id\x18\x01 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x89z\x12\x18\n\x07\x63ontent\x18\x02 \x01(\x0c\x42\x07\xda\xd4\x18\x03(\x80 \x12\'\n\x07logprob\x18\x03 \x01(\x02\x42\x16\xda\xd4\x18\x12\x19\x00\x00\x00\x00\x00\x88\xc3\xc0!\x00\x00\x00\x00\x00\x00\x00\x00\"l\n\x0c\x43hoiceFinish\x12\x16\n\x06\x63hoice\x18\x01 \x01(\rB\x06\xda\xd4\x18\x02\x10\x7f\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.autoglm.type.v1.FinishReason\x12\x15\n\x04stop\x18\x03 \x01(\tB\x07\xda\xd4\x18\x03(\x80\x02\"|\n\x12\x43ountTokensRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\xda\xd4\x18\x05(\x80\x01\x30\x01\x12\x18\n\x04text\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@H\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.autoglm.gateway.v1.ChatH\x00\x42\x08\n\x06prompt\"Q\n\x13\x43ountTokensResponse\x12\x18\n\x06tokens\x18\x01 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x80@\x12 \n\x10tokenizer_digest\x18\x02 \x01(\tB\x06\xda\xd4\x18\x02(P\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x32\n\x06models\x18\x01 \x03(\x0b\x32\x19.autoglm.gateway.v1.ModelB\x07\xda\xd4\x18\x03\x38\x80\x02\"\xac\x01\n\x05Model\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xda\xd4\x18\x03(\x80\x01\x12\x1e\n\x0evariant_digest\x18\x02 \x01(\tB\x06\xda\xd4\x18\x02(P\x12 \n\x0e\x63ontext_tokens\x18\x03 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x80@\x12\"\n\nparameters\x18\x04 \x01(\x04\x42\x0e\xda\xd4\x18\n\x10\xff\xff\xff\xff\xff\xff\xff\xff\x7f\x12&\n\x0e\x63reated_unix_s\x18\x05 \x01(\x04\x42\x0e\xda\xd4\x18\n\x10\xff\xff\xff\xff\xff\xff\xff\xff\x7f\x32\xa6\x02\n\x0eGatewayService\x12W\n\x08Generate\x12#.autoglm.gateway.v1.GenerateRequest\x1a$.autoglm.gateway.v1.GenerateResponse0\x01\x12^\n\x0b\x43ountTokens\x12&.autoglm.gateway.v1.CountTokensRequest\x1a\'.autoglm.gateway.v1.CountTokensResponse\x12[\n\nListModels\x12%.autoglm.gateway.v1.ListModelsRequest\x1a&.autoglm.gateway.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n autoglm/gateway/v1/gateway.proto\x12\x12\x61utoglm.gateway.v1\x1a autoglm/type/v1/generation.proto\x1a\"autoglm/validation/v1/bounds.proto\"\xfe\x03\n\x0fGenerateRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\xda\xd4\x18\x05(\x80\x01\x30\x01\x12\x18\n\x04text\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@H\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.autoglm.gateway.v1.ChatH\x00\x12\x31\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1c.autoglm.gateway.v1.TokenIdsH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.autoglm.type.v1.SamplingParams\x12\x1c\n\nmax_tokens\x18\x06 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x80\x08\x12\x19\n\x04stop\x18\x07 \x03(\tB\x0b\xda\xd4\x18\x07(\x80\x02\x30\x01\x38\x10\x12\x17\n\x07\x63hoices\x18\x08 \x01(\rB\x06\xda\xd4\x18\x02\x10\x10\x12\x10\n\x08logprobs\x18\t \x01(\x08\x12\x1c\n\x0ctop_logprobs\x18\n \x01(\rB\x06\xda\xd4\x18\x02\x10\x14\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x1c\n\nmin_tokens\x18\x0c \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x80\x08\x12\x1f\n\x0bjson_schema\x18\r \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80\x04H\x01\x12\x1b\n\x05regex\x18\x0e \x01(\tB\n\xda\xd4\x18\x06(\x80\x80\x04\x30\x01H\x01\x12\x1d\n\x07grammar\x18\x0f \x01(\tB\n\xda\xd4\x18\x06(\x80\x80\x04\x30\x01H\x01\x42\x08\n\x06promptB\x0c\n\nconstraint\"D\n\x04\x43hat\x12<\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.autoglm.gateway.v1.ChatMessageB\t\xda\xd4\x18\x05\x38\x80\x04@\x01\"@\n\x0b\x43hatMessage\x12\x16\n\x04role\x18\x01 \x01(\tB\x08\xda\xd4\x18\x04( 0\x01\x12\x19\n\x07\x63ontent\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@\"-\n\x08TokenIds\x12!\n\ttoken_ids\x18\x01 \x03(\rB\x0e\xda\xd4\x18\n\x10\x80\x89z8\x80\x80\x08@\x01\"\xe4\x01\n\x10GenerateResponse\x12\x1a\n\nrequest_id\x18\x01 \x01(\tB\x06\xda\xd4\x18\x02(@\x12\x1e\n\x0evariant_digest\x18\x02 \x01(\tB\x06\xda\xd4\x18\x02(P\x12.\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1d.autoglm.gateway.v1.TextDeltaH\x00\x12\x32\n\x06\x66inish\x18\x04 \x01(\x0b\x32 .autoglm.gateway.v1.ChoiceFinishH\x00\x12\'\n\x05usage\x18\x05 \x01(\x0b\x32\x16.autoglm.type.v1.UsageH\x00\x42\x07\n\x05\x65vent\"s\n\tTextDelta\x12\x16\n\x06\x63hoice\x18\x01 \x01(\rB\x06\xda\xd4\x18\x02\x10\x7f\x12\x16\n\x04text\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@\x12\x36\n\x06tokens\x18\x03 \x03(\x0b\x32\x1d.autoglm.gateway.v1.TokenTextB\x07\xda\xd4\x18\x03\x38\x80 \"\xb1\x01\n\tTokenText\x12\x1a\n\x08token_id\x18\x01 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x89z\x12\x18\n\x07\x63ontent\x18\x02 \x01(\x0c\x42\x07\xda\xd4\x18\x03(\x80 \x12,\n\x07logprob\x18\x03 \x01(\x02\x42\x16\xda\xd4\x18\x12\x19\x00\x00\x00\x00\x00\x88\xc3\xc0!\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12\x34\n\x03top\x18\x04 \x03(\x0b\x32\x1f.autoglm.gateway.v1.AlternativeB\x06\xda\xd4\x18\x02\x38\x14\x42\n\n\x08_logprob\"l\n\x0b\x41lternative\x12\x1a\n\x08token_id\x18\x01 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x89z\x12\x18\n\x07\x63ontent\x18\x02 \x01(\x0c\x42\x07\xda\xd4\x18\x03(\x80 \x12\'\n\x07logprob\x18\x03 \x01(\x02\x42\x16\xda\xd4\x18\x12\x19\x00\x00\x00\x00\x00\x88\xc3\xc0!\x00\x00\x00\x00\x00\x00\x00\x00\"l\n\x0c\x43hoiceFinish\x12\x16\n\x06\x63hoice\x18\x01 \x01(\rB\x06\xda\xd4\x18\x02\x10\x7f\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.autoglm.type.v1.FinishReason\x12\x15\n\x04stop\x18\x03 \x01(\tB\x07\xda\xd4\x18\x03(\x80\x02\"|\n\x12\x43ountTokensRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\xda\xd4\x18\x05(\x80\x01\x30\x01\x12\x18\n\x04text\x18\x02 \x01(\tB\x08\xda\xd4\x18\x04(\x80\x80@H\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.autoglm.gateway.v1.ChatH\x00\x42\x08\n\x06prompt\"Q\n\x13\x43ountTokensResponse\x12\x18\n\x06tokens\x18\x01 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x80@\x12 \n\x10tokenizer_digest\x18\x02 \x01(\tB\x06\xda\xd4\x18\x02(P\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x32\n\x06models\x18\x01 \x03(\x0b\x32\x19.autoglm.gateway.v1.ModelB\x07\xda\xd4\x18\x03\x38\x80\x02\"\xac\x01\n\x05Model\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xda\xd4\x18\x03(\x80\x01\x12\x1e\n\x0evariant_digest\x18\x02 \x01(\tB\x06\xda\xd4\x18\x02(P\x12 \n\x0e\x63ontext_tokens\x18\x03 \x01(\rB\x08\xda\xd4\x18\x04\x10\x80\x80@\x12\"\n\nparameters\x18\x04 \x01(\x04\x42\x0e\xda\xd4\x18\n\x10\xff\xff\xff\xff\xff\xff\xff\xff\x7f\x12&\n\x0e\x63reated_unix_s\x18\x05 \x01(\x04\x42\x0e\xda\xd4\x18\n\x10\xff\xff\xff\xff\xff\xff\xff\xff\x7f\x32\xa6\x02\n\x0eGatewayService\x12W\n\x08Generate\x12#.autoglm.gateway.v1.GenerateRequest\x1a$.autoglm.gateway.v1.GenerateResponse0\x01\x12^\n\x0b\x43ountTokens\x12&.autoglm.gateway.v1.CountTokensRequest\x1a\'.autoglm.gateway.v1.CountTokensResponse\x12[\n\nListModels\x12%.autoglm.gateway.v1.ListModelsRequest\x1a&.autoglm.gateway.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST'].fields_by_name['choices']._serialized_options = b'\332\324\030\002\020\020'
   _globals['_GENERATEREQUEST'].fields_by_name['top_logprobs']._loaded_options = None
   _globals['_GENERATEREQUEST'].fields_by_name['top_logprobs']._serialized_options = b'\332\324\030\002\020\024'
+  _globals['_GENERATEREQUEST'].fields_by_name['min_tokens']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['min_tokens']._serialized_options = b'\332\324\030\004\020\200\200\010'
+  _globals['_GENERATEREQUEST'].fields_by_name['json_schema']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['json_schema']._serialized_options = b'\332\324\030\004(\200\200\004'
+  _globals['_GENERATEREQUEST'].fields_by_name['regex']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['regex']._serialized_options = b'\332\324\030\006(\200\200\0040\001'
+  _globals['_GENERATEREQUEST'].fields_by_name['grammar']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['grammar']._serialized_options = b'\332\324\030\006(\200\200\0040\001'
   _globals['_CHAT'].fields_by_name['messages']._loaded_options = None
   _globals['_CHAT'].fields_by_name['messages']._serialized_options = b'\332\324\030\0058\200\004@\001'
   _globals['_CHATMESSAGE'].fields_by_name['role']._loaded_options = None
@@ -102,33 +110,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL'].fields_by_name['created_unix_s']._loaded_options = None
   _globals['_MODEL'].fields_by_name['created_unix_s']._serialized_options = b'\332\324\030\n\020\377\377\377\377\377\377\377\377\177'
   _globals['_GENERATEREQUEST']._serialized_start=127
-  _globals['_GENERATEREQUEST']._serialized_end=500
-  _globals['_CHAT']._serialized_start=502
-  _globals['_CHAT']._serialized_end=570
-  _globals['_CHATMESSAGE']._serialized_start=572
-  _globals['_CHATMESSAGE']._serialized_end=636
-  _globals['_TOKENIDS']._serialized_start=638
-  _globals['_TOKENIDS']._serialized_end=683
-  _globals['_GENERATERESPONSE']._serialized_start=686
-  _globals['_GENERATERESPONSE']._serialized_end=914
-  _globals['_TEXTDELTA']._serialized_start=916
-  _globals['_TEXTDELTA']._serialized_end=1031
-  _globals['_TOKENTEXT']._serialized_start=1034
-  _globals['_TOKENTEXT']._serialized_end=1211
-  _globals['_ALTERNATIVE']._serialized_start=1213
-  _globals['_ALTERNATIVE']._serialized_end=1321
-  _globals['_CHOICEFINISH']._serialized_start=1323
-  _globals['_CHOICEFINISH']._serialized_end=1431
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1433
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1557
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1559
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1640
-  _globals['_LISTMODELSREQUEST']._serialized_start=1642
-  _globals['_LISTMODELSREQUEST']._serialized_end=1661
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1663
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1735
-  _globals['_MODEL']._serialized_start=1738
-  _globals['_MODEL']._serialized_end=1910
-  _globals['_GATEWAYSERVICE']._serialized_start=1913
-  _globals['_GATEWAYSERVICE']._serialized_end=2207
+  _globals['_GENERATEREQUEST']._serialized_end=637
+  _globals['_CHAT']._serialized_start=639
+  _globals['_CHAT']._serialized_end=707
+  _globals['_CHATMESSAGE']._serialized_start=709
+  _globals['_CHATMESSAGE']._serialized_end=773
+  _globals['_TOKENIDS']._serialized_start=775
+  _globals['_TOKENIDS']._serialized_end=820
+  _globals['_GENERATERESPONSE']._serialized_start=823
+  _globals['_GENERATERESPONSE']._serialized_end=1051
+  _globals['_TEXTDELTA']._serialized_start=1053
+  _globals['_TEXTDELTA']._serialized_end=1168
+  _globals['_TOKENTEXT']._serialized_start=1171
+  _globals['_TOKENTEXT']._serialized_end=1348
+  _globals['_ALTERNATIVE']._serialized_start=1350
+  _globals['_ALTERNATIVE']._serialized_end=1458
+  _globals['_CHOICEFINISH']._serialized_start=1460
+  _globals['_CHOICEFINISH']._serialized_end=1568
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1570
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1694
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1696
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1777
+  _globals['_LISTMODELSREQUEST']._serialized_start=1779
+  _globals['_LISTMODELSREQUEST']._serialized_end=1798
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1800
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1872
+  _globals['_MODEL']._serialized_start=1875
+  _globals['_MODEL']._serialized_end=2047
+  _globals['_GATEWAYSERVICE']._serialized_start=2050
+  _globals['_GATEWAYSERVICE']._serialized_end=2344
 # @@protoc_insertion_point(module_scope)

@@ -38,6 +38,10 @@ class GenerateRequest(_message.Message):
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     RESUMED_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs, traces and decision records. 1 to 64 bytes."""
     variant_digest: _builtins.str
@@ -60,6 +64,14 @@ class GenerateRequest(_message.Message):
     """
     model: _builtins.str
     """Public model name the caller asked for; empty accepts the loaded one. At most 128 bytes."""
+    min_tokens: _builtins.int
+    """End and stop tokens are not drawn before the output, resumed tokens included, has this many tokens. Range 0 to 131,072. Default 0."""
+    json_schema: _builtins.str
+    """JSON that this JSON schema accepts, at most 64 KiB. Empty: any JSON object."""
+    regex: _builtins.str
+    """Text that this regular expression matches as a whole, 1 byte to 64 KiB."""
+    grammar: _builtins.str
+    """Text of this grammar, in the notation of Lark (rule `start`) or GBNF (rule `root`), 1 byte to 64 KiB."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt. 1 to 131,072 ids; prompt and max_tokens together must fit the model's context."""
@@ -88,12 +100,18 @@ class GenerateRequest(_message.Message):
         choice_index: _builtins.int = ...,
         resumed_tokens: _builtins.int = ...,
         model: _builtins.str = ...,
+        min_tokens: _builtins.int = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        grammar: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraint", b"constraint", "grammar", b"grammar", "json_schema", b"json_schema", "regex", b"regex", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "model", b"model", "request_id", b"request_id", "resumed_tokens", b"resumed_tokens", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "variant_digest", b"variant_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "constraint", b"constraint", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "json_schema", b"json_schema", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "model", b"model", "regex", b"regex", "request_id", b"request_id", "resumed_tokens", b"resumed_tokens", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "variant_digest", b"variant_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["json_schema", "regex", "grammar"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 

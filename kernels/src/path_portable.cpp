@@ -1,0 +1,29 @@
+// The kernels compiled for one instruction set: portable.
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace autoglm {
+namespace portable {
+
+constexpr int kQueryTile = 4;
+
+#include "simd.h"
+
+#include "path.inl"
+
+#include "gemm_portable.inl"
+#include "listed_portable.inl"
+#include "unpack.inl"
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    "portable", false, rms_norm, quantise, panels, rows_panel, columns_panel, rows_listed, columns_listed, gate_up, accumulate,
+    add_bias, scale, rotate, store_kv, attend, argmax, sum_exp, exps,
+};
+
+}  // namespace portable
+}  // namespace autoglm
