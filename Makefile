@@ -14,7 +14,7 @@ READY_DEV := $(VENV)/.dev-stamp $(VENV)/.kernels-stamp
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke stop status test check format proto proto-into proto-check proto-release bench bench-peers model packages clean
+.PHONY: help run smoke stop status test fuzz check format proto proto-into proto-check proto-release bench bench-peers model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ status: $(READY) ## what runs, on which ports, under which policy
 
 test: $(READY_DEV) ## every test: real processes, real Envoy
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+fuzz: $(READY_DEV) ## open damaged model files for ten minutes (MINUTES=…): nothing but typed errors may come out
+	$(TEST_ENV) $(BIN)/python -m tests.long.fuzz_checkpoints --minutes $(or $(MINUTES),10)
 
 check: $(READY_DEV) proto-check ## format, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .

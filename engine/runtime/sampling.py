@@ -132,7 +132,7 @@ def _native() -> kernels.Sampler:
 def _draw(logits: F32, sampling: Sampling, seen: TokenCounts, position: int, allowed: Mask | None) -> int:
     bias = sampling.logit_bias
     penalises = sampling.has_penalties
-    token = _native().draw(
+    token: int = _native().draw(
         logits,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
