@@ -147,7 +147,7 @@ def open_packed(path: Path, expected: list[Entry], resident: bool) -> PackedWeig
         if header != _header(expected) or size != base + max(entry.end for entry in expected):
             raise CheckpointError(f"{path}: holds other weights than its name says; remove it, it will be made again")
         if resident:
-            memory = _huge(size - base)
+            memory = huge_memory(size - base)
             file.seek(base)
             if file.readinto(memory.data) != size - base:
                 raise CheckpointError(f"{path}: ends too early")
@@ -156,6 +156,16 @@ def open_packed(path: Path, expected: list[Entry], resident: bool) -> PackedWeig
             mapped.madvise(mmap.MADV_WILLNEED)
             memory = np.frombuffer(mapped, np.uint8)[base:]
     return PackedWeights(memory, {entry.name: entry for entry in expected})
+
+
+def huge_memory(size: int) -> U8:
+    """Zeroed memory in huge pages, where the system has them; freed with its last array."""
+    page = 2 << 20
+    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % page
+    return whole[start : start + size]
 
 
 def layout_of(arch: Architecture, plan: Plan) -> list[Entry]:
@@ -304,15 +314,6 @@ def _header(entries: list[Entry]) -> bytes:
 def _base(header: bytes) -> int:
     """Where the tensors begin: on a page of the file."""
     return -(-len(header) // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _huge(size: int) -> U8:
-    page = 2 << 20
-    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    start = -whole.ctypes.data % page
-    return whole[start : start + size]
 
 
 def _aligned(size: int) -> int:
