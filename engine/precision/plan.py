@@ -63,7 +63,7 @@ class Plan:
 
 
 _INT8 = Format("int8", 128)
-_INT4 = Format("int4", 32)
+_INT4 = Format("int4", 64)
 _BF16 = Format("bf16", 128)
 
 PLANS = {

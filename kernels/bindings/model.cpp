@@ -136,7 +136,7 @@ void bind_model(nb::module_& m) {
       }, nb::arg("pages"))
       .def_prop_rw("dense_above", [](const BoundModel& b) { return b.model->dense_above; }, [](BoundModel& b, double v) { b.model->dense_above = v; })
       .def_prop_ro("phase_seconds", [](const BoundModel& b) {
-        const char* names[] = {"embed", "qkv", "attention", "o", "gate_up", "down", "head"};
+        const char* names[] = {"embed", "qkv", "attention", "o", "gate_up", "list", "up", "down", "head"};
         nb::dict d;
         for (int i = 0; i < int(Phase::count); ++i) d[names[i]] = b.model->seconds[i];
         return d;

@@ -175,7 +175,7 @@ static inline void tiles_u8(const uint8_t* d, const uint16_t* s, int zero, const
 
 template <int T, int P>
 static inline void tiles_u4(const uint8_t* d, const uint16_t* s, const Activations& a, int r, float* out, int stride) {
-  constexpr int together = T * P <= 4 ? P : T == 2 ? 2 : 1;
+  constexpr int together = T <= 2 && P > 1 ? 2 : 1;
   for (int p = 0; p < P; p += together)
     panel_u4_tile<T, together>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride);
 }

@@ -20,7 +20,10 @@ static void rows_listed(const Matrix& w, const int32_t* index, int count, const 
       const size_t n = size_t(index[i + j < count ? i + j : count - 1]);
       row[j] = w.data + n * bytes;
       scales[j] = w.scales + n * size_t(groups);
-      next[j] = w.data + size_t(index[i + 4 + j < count ? i + 4 + j : count - 1]) * bytes;
+      const size_t later = size_t(index[i + 4 + j < count ? i + 4 + j : count - 1]);
+      next[j] = w.data + later * bytes;
+      _mm_prefetch((const char*)(w.scales + later * size_t(groups)), _MM_HINT_T0);
+      _mm_prefetch((const char*)(w.scales + later * size_t(groups) + groups - 1), _MM_HINT_T0);
     }
     for (int r = 0; r < a.rows; ++r) {
       __m128 acc = _mm_setzero_ps();
@@ -92,6 +95,10 @@ static void columns_listed(const Matrix& w, const int32_t* index, const int32_t*
     for (int o = begin; o < end; o += 64) {
       const size_t at = wide ? size_t(o) : size_t(o / 2);
       for (int i = 0; i < ahead; ++i) _mm_prefetch((const char*)(w.data + size_t(index[ahead_from + i]) * bytes + at), _MM_HINT_T0);
+      if (g + 1 < groups) {
+        _mm_prefetch((const char*)(w.scales + size_t(g + 1) * size_t(n) + size_t(o)), _MM_HINT_T0);
+        _mm_prefetch((const char*)(w.scales + size_t(g + 1) * size_t(n) + size_t(o) + 32), _MM_HINT_T0);
+      }
       for (int r = 0; r < a.rows; ++r) {
         const int8_t* q = a.q8 + size_t(r) * size_t(a.k);
         const size_t where = size_t(r) * size_t(groups) + size_t(g);

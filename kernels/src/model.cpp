@@ -210,7 +210,7 @@ void Model::step(const Step& step) {
 
 // One token streams the weights once, so a chunk is long; many tokens take the chunk's weights from the cache again.
 int Model::chunk_of(int tasks, int rows) const {
-  return std::max(1, std::min(rows > 4 ? 2 : 16, tasks / (pool_->threads() * 4)));
+  return std::max(1, std::min(rows > 4 ? 2 : 16, tasks / (pool_->threads() * 8)));
 }
 
 template <class F>
@@ -413,12 +413,18 @@ void Model::run(int thread) {
       const float edge = shape_.act == Act::relu ? shape_.threshold : 0.0f;
       int count = 0;
       const int group = layer.down.group;
-      for (int i = 0; i < shape_.intermediate; ++i) {
-        if (i % group == 0) local.starts[size_t(i / group)] = count;
-        bool active = false;
-        for (int r = 0; r < rows; ++r) active |= w.gates[size_t(r) * size_t(w.inner) + size_t(i)] > edge;
-        local.active[size_t(count)] = i;
-        count += active;
+      for (int from = 0; from < shape_.intermediate; from += group) {
+        local.starts[size_t(from / group)] = count;
+        const float* gates = w.gates.get() + from;
+        const int n = std::min(group, shape_.intermediate - from);
+        float top[128];
+        std::memcpy(top, gates, size_t(n) * 4);
+        for (int r = 1; r < rows; ++r)
+          for (int i = 0; i < n; ++i) top[i] = std::max(top[i], gates[size_t(r) * size_t(w.inner) + size_t(i)]);
+        for (int i = 0; i < n; ++i) {
+          local.active[size_t(count)] = from + i;
+          count += top[i] > edge;
+        }
       }
       for (int g = (shape_.intermediate + group - 1) / group; g <= layer.down.groups(); ++g) local.starts[size_t(g)] = count;
       if (thread == 0) {
@@ -428,7 +434,7 @@ void Model::run(int thread) {
       if (double(count) <= dense_above * double(shape_.intermediate)) {
         skipped = true;
         for (int r = thread; r < rows; r += threads) std::memset(w.act.get() + size_t(r) * size_t(w.inner), 0, size_t(w.inner) * 4);
-        pool_->barrier();
+        sync(thread, Phase::list);
         const int from = count * thread / threads / 4 * 4, stop = thread + 1 == threads ? count : count * (thread + 1) / threads / 4 * 4;
         const int32_t* list = local.active.get() + from;
         float* got = local.listed.get();
@@ -439,7 +445,7 @@ void Model::run(int thread) {
             const float a = g > edge ? (shape_.act == Act::relu2 ? g * g : g) : 0.0f;
             w.act[size_t(r) * size_t(w.inner) + size_t(list[i])] = a * got[size_t(r) * size_t(w.inner) + size_t(i)];
           }
-        sync(thread, Phase::gate_up);
+        sync(thread, Phase::up);
         const Activations d = prepared(thread, local, w.act.get(), w.inner, rows, nullptr, layer.down);
         const int blocks = layer.down.padded_n() / 64;
         const int begin = blocks * thread / threads * 64, end = blocks * (thread + 1) / threads * 64;

@@ -49,7 +49,7 @@ struct Step {
   int logits_stride = 0;                // at least the vocabulary rounded up to 16
 };
 
-enum class Phase : int { embed, qkv, attention, o, gate_up, down, head, count };
+enum class Phase : int { embed, qkv, attention, o, gate_up, list, up, down, head, count };
 
 class Model {
  public:

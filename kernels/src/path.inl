@@ -49,12 +49,14 @@ static void quantise(const float* x, int stride, int k, int begin, int end, cons
         store_i8(out.q8 + at + i, q);
         total = iadd(total, q);
       }
+#if defined(AUTOGLM_PATH_AVX2) || defined(AUTOGLM_PATH_AVX512)
       if (out.q16)
-        for (int i = 0; i < group; i += 32)
-          for (int j = 0; j < 16; ++j) {
-            out.q16[at + size_t(i + j)] = out.q8[at + size_t(i + 2 * j)];
-            out.q16[at + size_t(i + 16 + j)] = out.q8[at + size_t(i + 2 * j + 1)];
-          }
+        for (int i = 0; i < group; i += 32) {
+          const __m256i v = _mm256_loadu_si256((const __m256i*)(out.q8 + at + i));
+          _mm256_storeu_si256((__m256i*)(out.q16 + at + i), _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
+          _mm256_storeu_si256((__m256i*)(out.q16 + at + i + 16), _mm256_srai_epi16(v, 8));
+        }
+#endif
       istore(lanes, total);
       int32_t sum = 0;
       for (int i = 0; i < 16; ++i) sum += lanes[i];
