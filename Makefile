@@ -11,7 +11,7 @@ PROTOS := $(shell find protos/autoglm -name '*.proto' | sort)
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke stop status test check format proto proto-into proto-check proto-release bench model packages clean
+.PHONY: help run smoke stop status test test-arm check format proto proto-into proto-check proto-release bench model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,19 @@ status: $(VENV)/.run-stamp ## what runs, on which ports, under which policy
 
 test: $(VENV)/.dev-stamp ## every test: real processes, real Envoy
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+SELFTEST := .cache/selftest
+test-arm: ## the kernels compiled for ARM, under qemu: the same bits as on x86 (kernels/selftest/expected.txt)
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "test-arm: skipped, there is no aarch64-linux-gnu-g++ (make packages)"; exit 0; }; \
+	command -v qemu-aarch64 >/dev/null || { echo "test-arm: skipped, there is no qemu-aarch64 (make packages)"; exit 0; }; \
+	set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; mkdir -p $(SELFTEST); \
+	cmake -G Ninja -S kernels -B $(SELFTEST)/arm -DAUTOGLM_SELFTEST=ON -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/kernels/cmake/aarch64.cmake >/dev/null; \
+	cmake --build $(SELFTEST)/arm >/dev/null; \
+	for cpu in max cortex-a72; do \
+	  qemu-aarch64 -cpu $$cpu $(SELFTEST)/arm/autoglm-selftest --isa neon --quick >$(SELFTEST)/$$cpu.txt; \
+	  diff kernels/selftest/expected.txt $(SELFTEST)/$$cpu.txt; \
+	  echo "test-arm: $$cpu gives the bits of x86"; \
+	done
 
 check: $(VENV)/.dev-stamp proto-check ## format, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .
@@ -71,6 +84,7 @@ model: $(VENV)/.dev-stamp ## train glm-tiny again from the standard library (up 
 
 packages: ## system packages that tests use when they are there (Debian; needs root)
 	command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
+	{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user; }
 
 clean: stop ## remove what was installed and generated here
 	rm -rf $(VENV) .cache .run
