@@ -8,27 +8,30 @@ MESH := $(BIN)/python -m services.mesh
 # One thread per process: the machine is shared by many small processes, not by one large one.
 TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PROTOS := $(shell find protos/autoglm -name '*.proto' | sort)
+KERNELS := $(shell find kernels -path kernels/build -prune -o -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py*' -o -name CMakeLists.txt -o -name pyproject.toml \) -print)
+READY := $(VENV)/.run-stamp $(VENV)/.kernels-stamp
+READY_DEV := $(VENV)/.dev-stamp $(VENV)/.kernels-stamp
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke stop status test test-arm check format proto proto-into proto-check proto-release bench model packages clean
+.PHONY: help run smoke stop status test test-arm fuzz check format proto proto-into proto-check proto-release bench bench-peers model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-run: $(VENV)/.run-stamp ## start the mesh on this machine, ask it something, show the answer and its trace
+run: $(READY) ## start the mesh on this machine, ask it something, show the answer and its trace
 	@$(MESH) run
 
-smoke: $(VENV)/.run-stamp ## the same without a terminal: start, check one answer, stop; exits 0 or not
+smoke: $(READY) ## the same without a terminal: start, check one answer, stop; exits 0 or not
 	@$(MESH) smoke
 
 stop: ## stop the mesh that `make run` started
 	@if [ -x $(BIN)/python ]; then $(MESH) stop; else echo "nothing is installed, so nothing runs"; fi
 
-status: $(VENV)/.run-stamp ## what runs, on which ports, under which policy
+status: $(READY) ## what runs, on which ports, under which policy
 	@$(MESH) status
 
-test: $(VENV)/.dev-stamp ## every test: real processes, real Envoy
+test: $(READY_DEV) ## every test: real processes, real Envoy
 	$(TEST_ENV) $(BIN)/python -m pytest
 
 SELFTEST := .cache/selftest
@@ -44,17 +47,20 @@ test-arm: ## the kernels compiled for ARM, under qemu: the same bits as on x86 (
 	  echo "test-arm: $$cpu gives the bits of x86"; \
 	done
 
-check: $(VENV)/.dev-stamp proto-check ## format, lint, types, import contracts, protos
+fuzz: $(READY_DEV) ## open damaged model files for ten minutes (MINUTES=…): nothing but typed errors may come out
+	$(TEST_ENV) $(BIN)/python -m tests.long.fuzz_checkpoints --minutes $(or $(MINUTES),10)
+
+check: $(READY_DEV) proto-check ## format, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-format: $(VENV)/.dev-stamp ## rewrite the Python files as the formatter wants them
+format: $(READY_DEV) ## rewrite the Python files as the formatter wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: $(VENV)/.dev-stamp ## regenerate the gRPC stubs from protos/
+proto: $(READY_DEV) ## regenerate the gRPC stubs from protos/
 	@$(MAKE) --no-print-directory proto-into INTO=sdk
 
 proto-into:
@@ -64,7 +70,7 @@ proto-into:
 	  $(PROTOS:protos/%=%) $(THIRD_PARTY:protos/third_party/%=autoglm/third_party/%)
 	@find $(INTO)/autoglm -type d -name '[a-z]*' -exec sh -c '[ -e "$$1/__init__.py" ] || : > "$$1/__init__.py"' _ {} \;
 
-proto-check: $(VENV)/.dev-stamp ## lint the protos, compare them with the last release, and the stubs with the protos
+proto-check: $(READY_DEV) ## lint the protos, compare them with the last release, and the stubs with the protos
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against protos/released.binpb
 	@rm -rf .cache/proto && mkdir -p .cache/proto
@@ -73,13 +79,17 @@ proto-check: $(VENV)/.dev-stamp ## lint the protos, compare them with the last r
 	  cmp -s "$$file" "$(CURDIR)/sdk/$$file" || { echo "sdk/$$file is not what protos/ give: run make proto"; exit 1; }; \
 	done
 
-proto-release: $(VENV)/.dev-stamp ## declare the protos as they are to be the release that later changes must not break
+proto-release: $(READY_DEV) ## declare the protos as they are to be the release that later changes must not break
 	$(BIN)/buf build -o protos/released.binpb
 
-bench: $(VENV)/.dev-stamp ## measure the claims and write benchmarks/results
+bench: $(READY_DEV) ## measure the claims and write benchmarks/results
 	$(TEST_ENV) $(BIN)/python -m benchmarks.mesh
 
-model: $(VENV)/.dev-stamp ## train glm-tiny again from the standard library (up to two hours on two cores; resumes)
+bench-peers: $(READY_DEV) ## our engine beside llama.cpp, OpenVINO and ONNX Runtime (first time: an hour and 20 GB of disk; ARGS=--help)
+	$(PIP) install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+model: $(READY_DEV) ## train glm-tiny again from the standard library (up to two hours on two cores; resumes)
 	$(BIN)/python -m services.trainer.pretrain
 
 packages: ## system packages that tests use when they are there (Debian; needs root)
@@ -103,3 +113,8 @@ $(VENV)/.dev-stamp: pyproject.toml constraints.txt sdk/pyproject.toml | $(BIN)/p
 	@echo "installing what tests and training need (about 1 GB with torch; once)"
 	$(PIP) install --constraint constraints.txt --group dev --editable sdk
 	@touch $@ $(VENV)/.run-stamp
+
+$(VENV)/.kernels-stamp: $(KERNELS) | $(BIN)/pip
+	@echo "compiling the kernels (about a minute; once)"
+	$(PIP) install --quiet --no-deps ./kernels
+	@touch $@

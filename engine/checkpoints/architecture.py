@@ -12,14 +12,12 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from engine.checkpoints.errors import CheckpointError as CheckpointError
+
 F32 = npt.NDArray[np.float32]
 
 Family = Literal["glm", "glm4", "llama", "qwen2", "qwen3", "minicpm"]
 Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]
-
-
-class CheckpointError(Exception):
-    """The files are no usable checkpoint; the text says which file, which tensor and what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +26,10 @@ class RopeScaling:
 
     linear: frequencies / factor. llama3: by wavelength, between `low_freq_factor` and `high_freq_factor` of
     `original_context`. yarn: arXiv 2309.00071, with `beta_fast`, `beta_slow` and `attention_factor` on cos and sin.
+    factors: each pair's frequency / its own factor (how GGUF files say llama3).
     """
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    kind: Literal["none", "linear", "llama3", "yarn", "factors"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -38,6 +37,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.architecture import CheckpointError
+from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.files import read_bounded
 
 MAX_OBJECTS = 100_000

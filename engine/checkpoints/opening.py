@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.checkpoints.architecture import Checkpoint, CheckpointError
 from engine.checkpoints.digest_cache import DigestCache
+from engine.checkpoints.gguf_reader import GgufCheckpoint
 from engine.checkpoints.hf import HfCheckpoint
 
 MAX_BYTES = 256 << 30
@@ -23,9 +24,4 @@ def open_checkpoint(path: Path, max_bytes: int = MAX_BYTES, digests: DigestCache
 def _open(path: Path, max_bytes: int, digests: DigestCache) -> Checkpoint:
     if path.suffix != ".gguf":
         return HfCheckpoint(path, max_bytes, digests)
-    try:
-        from engine.checkpoints.gguf_reader import open_gguf  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise CheckpointError(f"{path}: GGUF files cannot be read here ({error})") from None
-    checkpoint: Checkpoint = open_gguf(path, max_bytes)
-    return checkpoint
+    return GgufCheckpoint(path, max_bytes, digests)

@@ -33,6 +33,9 @@ def inverse_frequencies(arch: Architecture) -> F64:
         plain = _llama3(plain, arch)
     elif scaling.kind == "yarn":
         plain = _yarn(powers, arch)
+    elif scaling.kind == "factors":
+        factors: F32 = np.array(scaling.factors, dtype=np.float32)
+        plain = plain / factors
     return plain.astype(np.float64)
 
 

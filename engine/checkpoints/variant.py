@@ -7,7 +7,6 @@ still the ones that were hashed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def load(path: Path, arithmetic: str, max_bytes: int = MAX_BYTES, digests: Diges
     checkpoint = open_checkpoint(path, max_bytes, digests)
     try:
         weights = digests.file_digest(path) if is_file else checkpoint.weight_files_digest
-        tokens = _gguf_tokenizer_digest(weights) if is_file else _directory_tokenizer_digest(path)
+        tokens = _tokenizer_digest(path)
         generation = "" if is_file else _generation_digest(path)
         digest = _digest(weights, checkpoint.architecture, generation, tokens, arithmetic)
         variant = Variant(digest, tokens, checkpoint.architecture, checkpoint, path, before)
@@ -81,16 +80,11 @@ def _weight_files(directory: Path) -> list[Path]:
     return sorted({directory / "model.safetensors", directory / "model.safetensors.index.json", *found})
 
 
-def _directory_tokenizer_digest(directory: Path) -> str:
+def _tokenizer_digest(path: Path) -> str:
     try:
-        return tokenizer_digest(directory)
+        return tokenizer_digest(path)
     except OSError as error:
-        raise CheckpointError(f"{directory}: no readable tokenizer ({error})") from None
-
-
-def _gguf_tokenizer_digest(file_digest: str) -> str:
-    """The vocabulary is inside the file, so the file names it."""
-    return f"sha256:{hashlib.sha256(b'autoglm-tokenizer-gguf-1' + bytes(1) + file_digest.encode()).hexdigest()}"
+        raise CheckpointError(f"{path}: no readable tokenizer ({error})") from None
 
 
 def _generation_digest(directory: Path) -> str:
@@ -102,9 +96,8 @@ def _generation_digest(directory: Path) -> str:
 
 def _digest(weights: str, arch: Architecture, generation: str, tokens: str, arithmetic: str) -> str:
     """sha256 over the weights, the architecture, the generation settings, the tokenizer and the arithmetic plan."""
-    hasher = hashlib.sha256(b"autoglm-variant-3\0")
-    plan = {"arithmetic": arithmetic, "sparsity": "none", "bits": 32}
-    for part in (weights, repr(arch), generation, tokens, json.dumps(plan, sort_keys=True)):
+    hasher = hashlib.sha256(b"autoglm-variant-4\0")
+    for part in (weights, repr(arch), generation, tokens, arithmetic):
         data = part.encode()
         hasher.update(len(data).to_bytes(8, "little") + data)
     return f"sha256:{hasher.hexdigest()}"

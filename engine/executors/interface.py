@@ -65,6 +65,10 @@ class Executor(Protocol):
     def max_rows(self) -> int:
         """Most tokens one step may have, over all its spans."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory the weights take."""
+
     def step(self, spans: Sequence[Span]) -> list[F32 | None]:
         """Runs all spans at once and writes their keys and values into their pages.
 

@@ -9,9 +9,11 @@ come from strangers.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +25,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 Mask = npt.NDArray[np.uint32]
 Kind = Literal["json_schema", "regex", "grammar"]
+
+log = logging.getLogger("autoglm.engine")
 
 MAX_MESSAGE = 500
 
@@ -67,18 +71,21 @@ class Matcher:
 
         The array is the matcher's own and is overwritten by the next call.
         """
-        self._automaton.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        with _no_panic():
+            self._automaton.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._check()
         return self._mask
 
     def advance(self, token: int) -> None:
         """The token that was drawn. Raises ConstraintError when it may not come here."""
-        self._automaton.consume_token(token)
+        with _no_panic():
+            self._automaton.consume_token(token)
         self._check()
 
     def allowed(self, tokens: Sequence[int]) -> int:
         """How many of `tokens`, from the first, could follow one another here. Changes nothing."""
-        return int(self._automaton.validate_tokens(list(tokens)))
+        with _no_panic():
+            return int(self._automaton.validate_tokens(list(tokens)))
 
     @property
     def is_complete(self) -> bool:
@@ -137,7 +144,9 @@ class Compiler:
             max_grammar_size=self._limits.max_symbols,
             verbose_errors=False,
         )
-        automaton = LLMatcher(self._vocabulary(), _grammar(constraint), log_level=0, limits=limits)
+        vocabulary = self._vocabulary()
+        with _no_panic():
+            automaton = LLMatcher(vocabulary, _grammar(constraint), log_level=0, limits=limits)
         if automaton.is_error():
             raise ConstraintError(f"{constraint.kind}: {_brief(automaton.get_error())}")
         return automaton
@@ -149,7 +158,8 @@ class Compiler:
                     text = self._read()
                     self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._ends or None)
                 except (OSError, ValueError) as error:
-                    raise ConstraintError(f"this model's tokenizer cannot be used for constraints: {error}") from None
+                    log.warning("no constraints: the tokenizer cannot be read: %s", error)
+                    raise ConstraintError("this model has no tokenizer.json that constraints could use") from None
             return self._tokenizer
 
 
@@ -186,6 +196,18 @@ def _grammar(constraint: Constraint) -> str:
         raise ConstraintError(f"{constraint.kind}: nested too deeply") from None
     except Exception as error:  # the notation's own errors have no common type
         raise ConstraintError(f"{constraint.kind}: {_brief(str(error))}") from None
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """A bug in the library is an error of this one constraint. Its panics are no Exception and would end the thread."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        log.exception("the library of constraints failed")
+        raise ConstraintError("it cannot be followed") from None
 
 
 def _brief(text: str) -> str:

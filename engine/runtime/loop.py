@@ -74,7 +74,8 @@ class Load:
     steps: int
     kv_kept_bytes: int = 0
     preemptions: int = 0
-    drafted_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
     accepted_tokens: int = 0
     prefilled_tokens: int = 0
 
@@ -107,7 +108,8 @@ class Loop:
         self._wake = threading.Condition()
         self._closed = False
         self._arrivals = self._turns = 0
-        self._generated = self._steps = self._preemptions = self._drafted = self._accepted = self._prefilled = 0
+        self._generated = self._steps = self._preemptions = self._prefilled = 0
+        self._drafts = self._drafted = self._accepted = 0
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     def start(self) -> None:
@@ -158,7 +160,8 @@ class Loop:
             steps=self._steps,
             kv_kept_bytes=self.pages.kept * self._executor.page_bytes,
             preemptions=self._preemptions,
-            drafted_tokens=self._drafted,
+            drafts=self._drafts,
+            draft_tokens=self._drafted,
             accepted_tokens=self._accepted,
             prefilled_tokens=self._prefilled,
         )
@@ -352,7 +355,10 @@ class Loop:
         )
         draft = lookup.draft(most)
         if draft and sequence.request.matcher is not None:
-            draft = draft[: sequence.request.matcher.allowed(draft)]
+            try:
+                draft = draft[: sequence.request.matcher.allowed(draft)]
+            except ConstraintError:  # told when a token is drawn; until then it drafts no more
+                sequence.lookup, draft = None, []
         return draft
 
     def _advance(self, sequence: Running, span: Span, drafts: list[int], logits: F32 | None) -> None:
@@ -408,6 +414,7 @@ class Loop:
             sequence.computed += 1  # the draft's keys and values are this token's
         if drafts and sequence.drafts is not None:
             sequence.drafts.learn(len(drafts), accepted)
+            self._drafts += 1
             self._drafted += len(drafts)
             self._accepted += accepted
         if sequence.lookup is not None:

@@ -112,7 +112,7 @@ class Sampler:
         frequency: float = 0.0,
         allowed: NDArray[np.uint32] | None = None,
     ) -> int:
-        """A token id, or -1 when none is allowed or a logit is not finite."""
+        """A token id; -1 when a logit is NaN or plus infinity, -2 when no token is allowed."""
     def logprobs(
         self, logits: NDArray[np.float32], token: int, top: int = 0
     ) -> tuple[float, list[tuple[int, float]]]: ...

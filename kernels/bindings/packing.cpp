@@ -69,7 +69,7 @@ void bind_packing(nb::module_& m) {
         std::vector<uint8_t> panel(size_t(k) * kPanel * 4 + size_t(k) * kPanel + 256);
         Activations a;
         a.rows = rows; a.k = k; a.group = w.kind == Kind::bf16 ? 0 : w.group;
-        a.q8 = q8.data(); a.q16 = q16.data(); a.scale = scale.data(); a.sum = sum.data();
+        a.q8 = q8.data(); a.q16 = q16.data(); a.scale = scale.data(); a.sum8 = sum.data();
         a.x = x.data(); a.x_stride = w.k;
         Scratch scratch;
         scratch.panel = panel.data();

@@ -58,7 +58,7 @@ void bind_sampling(nb::module_& m) {
           nb::gil_scoped_release release;
           ok = s.logprobs(logits.data(), int(logits.size()), token, top, &chosen, &ranked);
         }
-        if (!ok) throw std::domain_error("logprobs: a logit is not finite");
+        if (!ok) throw std::overflow_error("logprobs: a logit is not finite");
         std::vector<std::pair<int, float>> best;
         for (const Ranked& each : ranked) best.emplace_back(each.id, each.value);
         return std::make_pair(chosen, best);

@@ -61,7 +61,7 @@ struct Rows {
     view.q8 = q8.get();
     view.q16 = q16.get();
     view.scale = scale.get();
-    view.sum = sum.get();
+    view.sum8 = sum.get();
     kernels->quantise(x.get(), k, k, 0, rows, view);
   }
 };

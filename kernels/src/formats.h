@@ -27,7 +27,7 @@ enum class Layout : int {
 
 constexpr int kPanel = 16;          // outputs of a panel, and positions of a key-value page
 constexpr int kZero8 = 128;         // stored int8 = weight + 128
-constexpr int kZero4 = 8;           // stored int4 = weight + 8
+constexpr int kZero4 = 8;           // stored int4 = weight + 8; both are multiples of eight
 constexpr size_t kAlignment = 64;
 
 struct Matrix {
@@ -57,7 +57,7 @@ struct Activations {
   // The same values for paths that multiply 16-bit integers: of each 32, first the 16 even ones, then the odd ones.
   int16_t* q16 = nullptr;
   float* scale = nullptr;           // [rows][k/group]
-  int32_t* sum = nullptr;           // [rows][k/group], sum of q8 over the group
+  int32_t* sum8 = nullptr;          // [rows][k/group], eight times the sum of q8 over the group
   const float* x = nullptr;         // unquantised [rows][x_stride], for bf16 weights
   int x_stride = 0;
   int groups() const { return k / group; }

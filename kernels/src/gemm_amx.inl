@@ -69,7 +69,7 @@ static void amx_u8(const uint8_t* data, const uint16_t* scales, int zero, const 
     rest.rows = a.rows - whole;
     rest.q8 = a.q8 + size_t(whole) * size_t(a.k);
     rest.scale = a.scale + size_t(whole) * size_t(a.groups());
-    rest.sum = a.sum + size_t(whole) * size_t(a.groups());
+    rest.sum8 = a.sum8 + size_t(whole) * size_t(a.groups());
     vector_u8(data, scales, zero, rest, out + size_t(whole) * size_t(stride), stride);
   }
 }

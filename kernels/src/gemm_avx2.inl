@@ -1,7 +1,23 @@
 // Integer products with AVX2. int8 weights are multiplied as 16-bit numbers (vpmaddwd cannot saturate on them); int4 go
 // through vpmaddubsw, whose 16-bit sums hold eight products of 15 * 127 * 2 before they must be widened.
 
-constexpr int kAhead = 512;  // bytes prefetched ahead of each stream
+constexpr size_t kAhead = 2048;      // bytes of weights prefetched ahead, over all streams of a tile
+constexpr int kScalesAhead = 8;      // groups whose scales are prefetched ahead
+
+// How far ahead of byte `at` of a panel to prefetch. Near its end that is the beginning of the panel this stream reads
+// next: `P` streams side by side read every P-th panel.
+template <int P>
+static inline size_t ahead_of(size_t at, size_t panel_bytes) {
+  constexpr size_t ahead = kAhead / P;
+  return at + ahead < panel_bytes ? ahead : ahead + size_t(P - 1) * panel_bytes;
+}
+
+template <int P>
+static inline void prefetch_scales(const uint16_t* scales, int g, int groups) {
+  const size_t panel = size_t(groups) * kPanel;
+  const size_t at = size_t(g + kScalesAhead) * kPanel + (g + kScalesAhead < groups ? 0 : size_t(P - 1) * panel);
+  AUTOGLM_UNROLL for (int p = 0; p < P; ++p) _mm_prefetch((const char*)(scales + size_t(p) * panel + at), _MM_HINT_T0);
+}
 
 static inline __m256 widen8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -21,22 +37,28 @@ static inline void add_to(float* acc, __m256 sum, __m256 factor) {
 static inline __m256i load_sum(const int32_t* p) { return _mm256_load_si256((const __m256i*)p); }
 static inline void store_sum(int32_t* p, __m256i v) { _mm256_store_si256((__m256i*)p, v); }
 
-// T tokens times P panels (`panel_bytes` apart) times H halves (8 outputs each, from half `first`). Bytes of even k and
-// of odd k are multiplied apart, each pair of one output in its own 32-bit lane, so no sum across lanes is needed.
+// T tokens times P neighbouring panels. Bytes of even k and of odd k are multiplied apart, each pair of one output in
+// its own 32-bit lane, so no sum across lanes is needed.
 // Several panels at once are several streams from memory: one stream reaches two thirds of the bandwidth (Zen 3).
-template <int T, int P, int H>
-static void panel_u8_tile(const uint8_t* data, const uint16_t* scales, int zero, const Activations& a, int r0, int first, float* out, int stride) {
+template <int T, int P>
+static void panel_u8_tile(const uint8_t* data, const uint16_t* scales, int zero, const Activations& a, int r0, float* out, int stride) {
+  constexpr int H = 2;  // halves of a panel: eight outputs each
   const int groups = a.groups(), runs = a.group / 32;
   const size_t k = size_t(a.k), panel_bytes = k * kPanel, panel_scales = size_t(groups) * kPanel;
   const __m256i even = _mm256_set1_epi16(0xff);
   const int16_t* q = a.q16 + size_t(r0) * k;
   alignas(32) float acc[T][P][8 * H] = {};  // in memory: registers are for the integer sums
-  const uint8_t* w = data + 32 * first;
+  const int32_t* sum8 = a.sum8 + size_t(r0) * size_t(groups);
+  const float* factor = a.scale + size_t(r0) * size_t(groups);
+  const __m128i shift = _mm_cvtsi32_si128(zero == kZero8 ? 4 : 0);
+  const uint8_t* w = data;
   for (int g = 0; g < groups; ++g) {
     __m256i s[T][P][H];
     AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
       AUTOGLM_UNROLL for (int h = 0; h < H; ++h) s[t][p][h] = _mm256_setzero_si256();
+    prefetch_scales<P>(scales, g, groups);
     for (int run = 0; run < runs; ++run, q += 32) {
+      const size_t ahead = ahead_of<P>(size_t(w - data), panel_bytes);
       for (int i = 0; i < 8; ++i, w += 64) {
         __m256i b0[T], b1[T];
         if (P > 1) AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
@@ -44,7 +66,7 @@ static void panel_u8_tile(const uint8_t* data, const uint16_t* scales, int zero,
           b1[t] = spread(q + size_t(t) * k + 16 + 2 * i);
         }
         AUTOGLM_UNROLL for (int p = 0; p < P; ++p) {
-          if (T < 4) _mm_prefetch((const char*)(w + size_t(p) * panel_bytes + kAhead), _MM_HINT_T0);
+          _mm_prefetch((const char*)(w + size_t(p) * panel_bytes + ahead), _MM_HINT_T0);
           __m256i v0[H], v1[H];
           AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
             const __m256i b = _mm256_loadu_si256((const __m256i*)(w + size_t(p) * panel_bytes + 32 * h));
@@ -66,38 +88,42 @@ static void panel_u8_tile(const uint8_t* data, const uint16_t* scales, int zero,
         }
       }
     }
-    AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
-      const size_t at = size_t(r0 + t) * size_t(groups) + size_t(g);
-      const __m256i offset = _mm256_set1_epi32(zero * a.sum[at]);
-      const __m256 factor = _mm256_set1_ps(a.scale[at]);
-      AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
-        AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
-          const __m256 ws = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * (first + h)));
-          add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(s[t][p][h], offset)), _mm256_mul_ps(ws, factor));
+    AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
+      AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
+        const __m256 ws = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * h));
+        AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
+          const size_t at = size_t(t) * size_t(groups) + size_t(g);
+          const __m256i offset = _mm256_sll_epi32(_mm256_set1_epi32(sum8[at]), shift);
+          add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(s[t][p][h], offset)), _mm256_mul_ps(ws, _mm256_broadcast_ss(factor + at)));
         }
-    }
+      }
   }
   AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p) AUTOGLM_UNROLL for (int h = 0; h < H; ++h)
-    _mm256_storeu_ps(out + size_t(r0 + t) * size_t(stride) + p * kPanel + 8 * (first + h), _mm256_load_ps(&acc[t][p][8 * h]));
+    _mm256_storeu_ps(out + size_t(r0 + t) * size_t(stride) + p * kPanel + 8 * h, _mm256_load_ps(&acc[t][p][8 * h]));
 }
 
-template <int T, int P, int H>
-static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Activations& a, int r0, int first, float* out, int stride) {
+template <int T, int P>
+static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Activations& a, int r0, float* out, int stride) {
+  constexpr int H = 2;  // halves of a panel: eight outputs each
   const int groups = a.groups(), runs = a.group / 32;
   const size_t k = size_t(a.k), panel_bytes = k * kPanel / 2, panel_scales = size_t(groups) * kPanel;
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   const int8_t* q = a.q8 + size_t(r0) * k;
   alignas(32) float acc[T][P][8 * H] = {};
+  const int32_t* sum8 = a.sum8 + size_t(r0) * size_t(groups);
+  const float* factor = a.scale + size_t(r0) * size_t(groups);
   alignas(32) int32_t sum[T][P][8 * H];
-  const uint8_t* w = data + 32 * first;
+  const uint8_t* w = data;
   for (int g = 0; g < groups; ++g) {
+    prefetch_scales<P>(scales, g, groups);
     for (int run = 0; run < runs; ++run, q += 32) {  // 32 elements of k: eight vpmaddubsw per sum
       __m256i s[T][P][H];
       AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
         AUTOGLM_UNROLL for (int h = 0; h < H; ++h) s[t][p][h] = _mm256_setzero_si256();
+      const size_t ahead = ahead_of<P>(size_t(w - data), panel_bytes);
       for (int i = 0; i < 4; ++i, w += 64) {
         AUTOGLM_UNROLL for (int p = 0; p < P; ++p) {
-          if (T < 4) _mm_prefetch((const char*)(w + size_t(p) * panel_bytes + kAhead), _MM_HINT_T0);
+          _mm_prefetch((const char*)(w + size_t(p) * panel_bytes + ahead), _MM_HINT_T0);
           __m256i lo[H], hi[H];
           AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
             const __m256i b = _mm256_loadu_si256((const __m256i*)(w + size_t(p) * panel_bytes + 32 * h));
@@ -114,71 +140,44 @@ static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Act
         }
       }
       const bool opens = run == 0, closes = run == runs - 1;
-      AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
-        const size_t at = size_t(r0 + t) * size_t(groups) + size_t(g);
-        AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
-          AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
+      AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
+        AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
+          __m256 ws = _mm256_setzero_ps();
+          if (closes) ws = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * h));
+          AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
             __m256i wide = _mm256_madd_epi16(s[t][p][h], ones);
             if (!opens) wide = _mm256_add_epi32(wide, load_sum(&sum[t][p][8 * h]));
-            if (closes) {
-              const __m256 ws = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * (first + h)));
-              add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, _mm256_set1_epi32(kZero4 * a.sum[at]))),
-                     _mm256_mul_ps(ws, _mm256_set1_ps(a.scale[at])));
-            } else {
+            if (!closes) {
               store_sum(&sum[t][p][8 * h], wide);
+              continue;
             }
+            const size_t at = size_t(t) * size_t(groups) + size_t(g);
+            add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, _mm256_set1_epi32(sum8[at]))),
+                   _mm256_mul_ps(ws, _mm256_broadcast_ss(factor + at)));
           }
-      }
+        }
     }
   }
   AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p) AUTOGLM_UNROLL for (int h = 0; h < H; ++h)
-    _mm256_storeu_ps(out + size_t(r0 + t) * size_t(stride) + p * kPanel + 8 * (first + h), _mm256_load_ps(&acc[t][p][8 * h]));
+    _mm256_storeu_ps(out + size_t(r0 + t) * size_t(stride) + p * kPanel + 8 * h, _mm256_load_ps(&acc[t][p][8 * h]));
 }
 
-// Tokens of the next tile: ten while there are many, else what is left in equal parts.
-static inline int tile_tokens(int left) { return left >= 20 ? 10 : left > 10 ? (left + 1) / 2 : left; }
+// Tokens of the next tile: four, whose sums for a whole panel fill the registers; what is left in equal parts.
+static inline int tile_tokens(int left) { return left >= 7 || left == 4 ? 4 : left > 4 ? 3 : left; }
 
-// P panels for T tokens, one panel after the other where the sums of all do not fit the registers.
+// P panels for T tokens; side by side as far as the sums fit the registers.
 template <int T, int P>
 static inline void tiles_u8(const uint8_t* d, const uint16_t* s, int zero, const Activations& a, int r, float* out, int stride) {
-  if constexpr (T == 1 || (T == 2 && P <= 2)) {
-    panel_u8_tile<T, P, 2>(d, s, zero, a, r, 0, out, stride);
-  } else if constexpr (T == 2) {
-    tiles_u8<T, P / 2>(d, s, zero, a, r, out, stride);
-    tiles_u8<T, P / 2>(d + size_t(P / 2) * size_t(a.k) * kPanel, s + size_t(P / 2) * size_t(a.groups()) * kPanel, zero, a, r, out + P / 2 * kPanel, stride);
-  } else {
-    for (int p = 0; p < P; ++p) {
-      const uint8_t* data = d + size_t(p) * size_t(a.k) * kPanel;
-      const uint16_t* scales = s + size_t(p) * size_t(a.groups()) * kPanel;
-      if constexpr (T <= 4) {
-        panel_u8_tile<T, 1, 2>(data, scales, zero, a, r, 0, out + p * kPanel, stride);
-      } else {
-        panel_u8_tile<T, 1, 1>(data, scales, zero, a, r, 0, out + p * kPanel, stride);
-        panel_u8_tile<T, 1, 1>(data, scales, zero, a, r, 1, out + p * kPanel, stride);
-      }
-    }
-  }
+  constexpr int together = T * P <= 4 ? P : T == 2 ? 2 : 1;
+  for (int p = 0; p < P; p += together)
+    panel_u8_tile<T, together>(d + size_t(p) * size_t(a.k) * kPanel, s + size_t(p) * size_t(a.groups()) * kPanel, zero, a, r, out + p * kPanel, stride);
 }
 
 template <int T, int P>
 static inline void tiles_u4(const uint8_t* d, const uint16_t* s, const Activations& a, int r, float* out, int stride) {
-  if constexpr (T == 1 || (T == 2 && P <= 2)) {
-    panel_u4_tile<T, P, 2>(d, s, a, r, 0, out, stride);
-  } else if constexpr (T == 2) {
-    tiles_u4<T, P / 2>(d, s, a, r, out, stride);
-    tiles_u4<T, P / 2>(d + size_t(P / 2) * size_t(a.k) * kPanel / 2, s + size_t(P / 2) * size_t(a.groups()) * kPanel, a, r, out + P / 2 * kPanel, stride);
-  } else {
-    for (int p = 0; p < P; ++p) {
-      const uint8_t* data = d + size_t(p) * size_t(a.k) * kPanel / 2;
-      const uint16_t* scales = s + size_t(p) * size_t(a.groups()) * kPanel;
-      if constexpr (T <= 4) {
-        panel_u4_tile<T, 1, 2>(data, scales, a, r, 0, out + p * kPanel, stride);
-      } else {
-        panel_u4_tile<T, 1, 1>(data, scales, a, r, 0, out + p * kPanel, stride);
-        panel_u4_tile<T, 1, 1>(data, scales, a, r, 1, out + p * kPanel, stride);
-      }
-    }
-  }
+  constexpr int together = T * P <= 4 ? P : T == 2 ? 2 : 1;
+  for (int p = 0; p < P; p += together)
+    panel_u4_tile<T, together>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride);
 }
 
 #define AUTOGLM_TILES(call)                    \
@@ -188,13 +187,7 @@ static inline void tiles_u4(const uint8_t* d, const uint16_t* s, const Activatio
       case 1: call(1); break;                  \
       case 2: call(2); break;                  \
       case 3: call(3); break;                  \
-      case 4: call(4); break;                  \
-      case 5: call(5); break;                  \
-      case 6: call(6); break;                  \
-      case 7: call(7); break;                  \
-      case 8: call(8); break;                  \
-      case 9: call(9); break;                  \
-      default: call(10); break;                \
+      default: call(4); break;                 \
     }                                          \
     r += t;                                    \
   }

@@ -9,7 +9,7 @@ static inline __m512i spread4(const int8_t* p) { int32_t v; std::memcpy(&v, p, 4
 static inline __m512 add_group(__m512 acc, __m512i sum, const uint16_t* scales, int zero, const Activations& a, int r, int g) {
   const size_t at = size_t(r) * size_t(a.groups()) + size_t(g);
   const __m512 factor = _mm512_mul_ps(widen16(scales + size_t(g) * kPanel), _mm512_set1_ps(a.scale[at]));
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(zero * a.sum[at]))), factor, acc);
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(zero / 8 * a.sum8[at]))), factor, acc);
 }
 
 // T tokens; with one token the sum is kept in two registers, since each vpdpbusd waits for the one before it.

@@ -17,7 +17,7 @@ static inline void add_group(F16& acc, const int32x4_t* s, const uint16_t* scale
   const F16 factor = mul(load_bf16(scales + size_t(g) * kPanel), set1(a.scale[at]));
   I16 sum;
   for (int i = 0; i < 4; ++i) sum.v[i] = s[i];
-  acc = fma(to_float(isub(sum, iset1(remaining_zero * a.sum[at]))), factor, acc);
+  acc = fma(to_float(isub(sum, iset1(remaining_zero / 8 * a.sum8[at]))), factor, acc);
 }
 
 static void multiply_u8(const uint8_t* data, const uint16_t* scales, int zero, const Activations& a, float* out, int stride, const Scratch&, int = 1) {

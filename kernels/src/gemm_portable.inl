@@ -5,7 +5,7 @@ static inline float widen(uint16_t h) { const uint32_t b = uint32_t(h) << 16; fl
 static inline void scale_sums(const int32_t* sums, const uint16_t* scales, int zero, const Activations& a, int r, int g, float* acc) {
   const size_t at = size_t(r) * size_t(a.groups()) + size_t(g);
   for (int i = 0; i < kPanel; ++i)
-    acc[i] = __builtin_fmaf(float(sums[i] - zero * a.sum[at]), widen(scales[size_t(g) * kPanel + size_t(i)]) * a.scale[at], acc[i]);
+    acc[i] = __builtin_fmaf(float(sums[i] - zero / 8 * a.sum8[at]), widen(scales[size_t(g) * kPanel + size_t(i)]) * a.scale[at], acc[i]);
 }
 
 static void multiply_u8(const uint8_t* data, const uint16_t* scales, int zero, const Activations& a, float* out, int stride, const Scratch&, int = 1) {

@@ -8,7 +8,7 @@ namespace autoglm {
 
 // Thread-private memory of a kernel call, sized by Scratch::bytes().
 struct Scratch {
-  float* out = nullptr;        // [2][rows][64]: four gate and four up panels
+  float* out = nullptr;        // [rows][64]: one task
   uint8_t* panel = nullptr;    // one unpacked panel, or four for `columns`
   float* scores = nullptr;     // attention scores
   size_t scores_floats = 0;

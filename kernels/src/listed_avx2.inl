@@ -61,7 +61,7 @@ static void rows_listed(const Matrix& w, const int32_t* index, int count, const 
           }
         }
         const size_t where = size_t(r) * size_t(groups) + size_t(g);
-        const __m128i sum = _mm_sub_epi32(sum4(s[0], s[1], s[2], s[3]), _mm_set1_epi32(zero * a.sum[where]));
+        const __m128i sum = _mm_sub_epi32(sum4(s[0], s[1], s[2], s[3]), _mm_set1_epi32(zero / 8 * a.sum8[where]));
         const __m128 ws = _mm_setr_ps(scale_of(scales[0][g]), scale_of(scales[1][g]), scale_of(scales[2][g]), scale_of(scales[3][g]));
         acc = _mm_fmadd_ps(_mm_cvtepi32_ps(sum), _mm_mul_ps(ws, _mm_set1_ps(a.scale[where])), acc);
       }
@@ -96,7 +96,7 @@ static void columns_listed(const Matrix& w, const int32_t* index, const int32_t*
         const int8_t* q = a.q8 + size_t(r) * size_t(a.k);
         const size_t where = size_t(r) * size_t(groups) + size_t(g);
         if (a.scale[where] == 0.0f) continue;
-        const __m256i offset = _mm256_set1_epi32((wide ? kZero8 : kZero4) * a.sum[where]);
+        const __m256i offset = _mm256_set1_epi32((wide ? kZero8 : kZero4) / 8 * a.sum8[where]);
         const __m256 factor = _mm256_set1_ps(a.scale[where]);
         float* to = out + size_t(r) * size_t(stride) + o;
         const uint16_t* scales = w.scales + size_t(g) * size_t(n) + size_t(o);

@@ -20,7 +20,7 @@ static void rows_listed(const Matrix& w, const int32_t* index, int count, const 
           for (int j = 0; j < half; ++j) sum += int32_t(src[j] & 15) * q[g * group + j] + int32_t(src[j] >> 4) * q[g * group + half + j];
         }
         const size_t at = size_t(r) * size_t(groups) + size_t(g);
-        acc = __builtin_fmaf(float(sum - zero * a.sum[at]), widen_scale(w.scales[row * size_t(groups) + size_t(g)]) * a.scale[at], acc);
+        acc = __builtin_fmaf(float(sum - zero / 8 * a.sum8[at]), widen_scale(w.scales[row * size_t(groups) + size_t(g)]) * a.scale[at], acc);
       }
       out[size_t(r) * size_t(stride) + size_t(i)] = acc;
     }
@@ -49,7 +49,7 @@ static void columns_listed(const Matrix& w, const int32_t* index, const int32_t*
           }
           sum += v * a.q8[size_t(r) * size_t(a.k) + size_t(index[i])];
         }
-        to[o] = __builtin_fmaf(float(sum - zero * a.sum[at]), widen_scale(w.scales[size_t(g) * size_t(n) + size_t(o)]) * a.scale[at], to[o]);
+        to[o] = __builtin_fmaf(float(sum - zero / 8 * a.sum8[at]), widen_scale(w.scales[size_t(g) * size_t(n) + size_t(o)]) * a.scale[at], to[o]);
       }
     }
   }

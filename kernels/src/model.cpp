@@ -64,7 +64,7 @@ struct Quantised {
     a.q8 = q8.get();
     a.q16 = q16.get();
     a.scale = scale.get();
-    a.sum = sum.get();
+    a.sum8 = sum.get();
     return a;
   }
 };
@@ -76,7 +76,7 @@ Activations part(const Activations& a, int from, int rows) {
     p.q8 += size_t(from) * size_t(a.k);
     if (p.q16) p.q16 += size_t(from) * size_t(a.k);
     p.scale += size_t(from) * size_t(a.groups());
-    p.sum += size_t(from) * size_t(a.groups());
+    p.sum8 += size_t(from) * size_t(a.groups());
   }
   if (p.x) p.x += size_t(from) * size_t(a.x_stride);
   return p;
@@ -171,7 +171,7 @@ Model::Model(const Kernels* kernels, Pool* pool, Shape shape, std::vector<Layer>
     auto local = std::make_unique<Local>();
     local->quantised.reserve(kPrivateRows, widest, k_->wants_q16);
     local->normed = buffer<float>(size_t(kPrivateRows) * size_t(w.hidden));
-    local->out = buffer<float>(size_t(2) * n * kPanel * 4);
+    local->out = buffer<float>(n * kTask);
     local->panel = buffer<uint8_t>(panel);
     local->scores = buffer<float>(size_t(8) * size_t(context));
     if (skips) {
@@ -287,19 +287,21 @@ void Model::multiply(const Matrix& w, int task, int width, const Activations& a,
 void Model::gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, float* out, int stride) {
   const int tasks = (layer.gate.padded_n() + kTask - 1) / kTask;
   const int block = token_block(layer.gate, a);
-  float* gate = local.scratch.out;
-  float* up = gate + size_t(shape_.max_rows) * kTask;
+  float* got = local.scratch.out;
   each(counter, tasks, chunk_of(tasks, a.rows), [&](int from, int to) {
     for (int r0 = 0; r0 < a.rows; r0 += block) {
       const Activations rows = part(a, r0, std::min(block, a.rows - r0));
-      for (int task = from; task < to; ++task) {
-        const int width = std::min(kTask, layer.gate.padded_n() - task * kTask);
-        multiply(layer.gate, task, width, rows, gate, local.scratch);
-        multiply(layer.up, task, width, rows, up, local.scratch);
-        for (int r = 0; r < rows.rows; ++r)
-          k_->gate_up(shape_.act, shape_.threshold, gate + r * kTask, up + r * kTask,
-                      out + size_t(r0 + r) * size_t(stride) + size_t(task) * kTask, width);
-      }
+      // All gates of the chunk, then all ups: each is one long stretch of memory.
+      for (int pass = 0; pass < 2; ++pass)
+        for (int task = from; task < to; ++task) {
+          const int width = std::min(kTask, layer.gate.padded_n() - task * kTask);
+          multiply(pass == 0 ? layer.gate : layer.up, task, width, rows, got, local.scratch);
+          for (int r = 0; r < rows.rows; ++r) {
+            float* to_row = out + size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
+            if (pass == 0) std::memcpy(to_row, got + r * kTask, size_t(width) * 4);
+            else k_->gate_up(shape_.act, shape_.threshold, to_row, got + r * kTask, to_row, width);
+          }
+        }
     }
   });
 }

@@ -59,7 +59,7 @@ static void quantise(const float* x, int stride, int k, int begin, int end, cons
       int32_t sum = 0;
       for (int i = 0; i < 16; ++i) sum += lanes[i];
       out.scale[size_t(r) * size_t(groups) + size_t(g)] = inverse == 0.0f ? 0.0f : top * (1.0f / 127.0f);
-      out.sum[size_t(r) * size_t(groups) + size_t(g)] = sum;
+      out.sum8[size_t(r) * size_t(groups) + size_t(g)] = 8 * sum;
     }
   }
 }

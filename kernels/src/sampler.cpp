@@ -22,12 +22,13 @@ double log_of(double x) {
 
 bool better(const Ranked& a, const Ranked& b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
 
-bool is_finite(const float* x, int n) {
+// Minus infinity is a probability of zero; NaN and plus infinity are no logits.
+bool is_sound(const float* x, int n) {
   uint32_t bad = 0;
   for (int i = 0; i < n; ++i) {
     uint32_t b;
     __builtin_memcpy(&b, x + i, 4);
-    bad |= uint32_t((b & 0x7f800000u) == 0x7f800000u);
+    bad |= uint32_t((b & 0x7f800000u) == 0x7f800000u) & uint32_t(b != 0xff800000u);
   }
   return bad == 0;
 }
@@ -53,7 +54,7 @@ void Sampler::best(const float* x, int n, int count, std::vector<Ranked>* into) 
 }
 
 int32_t Sampler::draw(const float* logits, int n, const Draw& d) {
-  if (!is_finite(logits, n)) return -1;
+  if (!is_sound(logits, n)) return kNotSound;
   const float* x = logits;
   const bool penalises = d.seen_count && (d.repetition != 1 || d.presence != 0 || d.frequency != 0);
   if (d.bias_count || d.allowed || penalises) {
@@ -74,7 +75,7 @@ int32_t Sampler::draw(const float* logits, int n, const Draw& d) {
   float top;
   int32_t first;
   k_->argmax(x, n, &top, &first);
-  if (top == -INFINITY) return -1;
+  if (top == -INFINITY) return kNothingAllowed;
   if (d.temperature == 0 || d.top_k == 1) return first;
   const float inverse = 1.0f / d.temperature;
   const bool filters = (d.top_k > 0 && d.top_k < n) || d.top_p < 1 || d.min_p > 0;
@@ -134,7 +135,7 @@ int32_t Sampler::draw(const float* logits, int n, const Draw& d) {
 }
 
 bool Sampler::logprobs(const float* logits, int n, int32_t token, int count, float* chosen, std::vector<Ranked>* top) {
-  if (!is_finite(logits, n)) return false;
+  if (!is_sound(logits, n)) return false;
   float peak;
   int32_t first;
   k_->argmax(logits, n, &peak, &first);

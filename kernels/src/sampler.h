@@ -24,14 +24,16 @@ struct Draw {
   const uint32_t* allowed = nullptr;     // bit i of word i/32; null: all
 };
 
+constexpr int32_t kNotSound = -1, kNothingAllowed = -2;
+
 struct Ranked { int32_t id; float value; };
 
 class Sampler {
  public:
   explicit Sampler(const Kernels* kernels) : k_(kernels) {}
-  // -1 when nothing may be drawn: no token is allowed, or a logit is not finite.
+  // A token, kNotSound when a logit is NaN or plus infinity, kNothingAllowed when every token is left out.
   int32_t draw(const float* logits, int n, const Draw& draw);
-  // Natural-log probabilities of `token` and of the `count` likeliest, best first. False when a logit is not finite.
+  // Natural-log probabilities of `token` and of the `count` likeliest, best first. False when a logit is not sound.
   bool logprobs(const float* logits, int n, int32_t token, int count, float* chosen, std::vector<Ranked>* top);
 
  private:

@@ -19,13 +19,12 @@ from engine.checkpoints import architecture, onnx_file
 from engine.checkpoints import variant as variants
 from engine.checkpoints.architecture import CheckpointError
 from engine.checkpoints.digest_cache import DigestCache, default_cache_directory
-from engine.executors.reference import ReferenceExecutor, page_bytes
 from engine.runtime.constraints import Compiler, tokenizer_of
 from engine.runtime.pages import PagePool
 from services.chassis.channels import connect
 from services.chassis.serving import Member
 from services.chassis.settings import read
-from services.sparse_inference import metrics, oip
+from services.sparse_inference import engines, metrics, oip
 from services.sparse_inference.clients import CacheClient, LeaseClient, TokenizerClient
 from services.sparse_inference.lease import Lease
 from services.sparse_inference.oip_text import TextModel
@@ -47,14 +46,15 @@ async def main() -> None:
     remembered = (settings.cache_dir or default_cache_directory()) / "digests" if settings.remember_digests else None
     digests = DigestCache(remembered)
     try:
-        variant = await asyncio.to_thread(variants.load, settings.model_dir, "float32-reference", limit, digests)
-        page_count = max(1, settings.kv_capacity_bytes // page_bytes(variant.architecture))
-        executor = await asyncio.to_thread(
-            ReferenceExecutor, variant.checkpoint, page_count, settings.limits.step_rows, limit
-        )
+        arithmetic = engines.arithmetic(settings)
+        variant = await asyncio.to_thread(variants.load, settings.model_dir, arithmetic, limit, digests)
+        executor = await asyncio.to_thread(engines.make, settings, variant)
         variant.check_unchanged()
     except CheckpointError as error:
         print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except engines.CannotRun as error:
+        print(f"the engine cannot run: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     pages = PagePool(executor.page_count)
     cache, scheduler = connect(settings, "cache"), connect(settings, "scheduler")

@@ -50,12 +50,12 @@ class LoadCollector(Collector):
             ("autoglm_prefilled_tokens", "Rows of prefill computed, again computed ones too", load.prefilled_tokens),
             ("autoglm_engine_steps", "Steps of the engine", load.steps),
             ("autoglm_preemptions", "Requests that stepped back for want of pages", load.preemptions),
-            ("autoglm_drafted_tokens", "Tokens guessed ahead", load.drafted_tokens),
+            ("autoglm_draft_tokens", "Tokens guessed ahead", load.draft_tokens),
             ("autoglm_accepted_drafts", "Guessed tokens that were right", load.accepted_tokens),
             ("vllm:generation_tokens", "Alias of autoglm_generated_tokens", load.generated_tokens),
             ("vllm:num_preemptions", "Requests put back to be recomputed", load.preemptions),
-            ("vllm:spec_decode_num_drafts", "Guesses at next tokens", getattr(load, "drafts", 0)),
-            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed", load.drafted_tokens),
+            ("vllm:spec_decode_num_drafts", "Guesses at next tokens", load.drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed", load.draft_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right", load.accepted_tokens),
         ):
             yield _counter(name, text, labels, value)

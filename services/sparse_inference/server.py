@@ -101,7 +101,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
             context_tokens=self._worker.context_tokens,
             block_tokens=self._worker.executor.block_tokens,
             end_token_ids=arch.end_token_ids,
-            executor="reference",
+            executor=self._settings.executor,
             parameters=arch.parameters,
             weight_bytes=self._worker.weight_bytes,
             kv_bytes_per_token=self._worker.kv_bytes_per_token,

@@ -43,7 +43,7 @@ class Worker:
         self._compiling = Offload("constraints", settings.constraint_threads, settings.constraints_waiting)
         self._events = asyncio.get_running_loop()
         self.kv_bytes_per_token = executor.page_bytes // executor.block_tokens
-        self.weight_bytes = 4 * variant.architecture.parameters
+        self.weight_bytes = executor.weight_bytes
         self.context_tokens = min(
             variant.architecture.max_position_embeddings,
             executor.page_count * executor.block_tokens,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.gguf_tokenizer import read_text_files
 from services.chassis.errors import InvalidRequest
 from services.tokenizer.prompts import Marks, Prompt, encode_prompt, make_marks, restore
 from services.tokenizer.sandbox import Sandbox, TemplateSource
@@ -112,7 +114,12 @@ class Chats:
 
 
 def read_template(directory: Path, max_bytes: int) -> tuple[str | None, dict[str, str]]:
-    """(template source or None, special tokens by variable name) of a model directory. Raises UnusableTokenizer."""
+    """(template source or None, special tokens by variable name) of a directory or .gguf file.
+
+    Raises UnusableTokenizer.
+    """
+    if directory.suffix == ".gguf":
+        return _from_gguf(directory, max_bytes)
     config = _read_json(directory / "tokenizer_config.json", max_bytes)
     variables = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None}
     path = directory / "chat_template.jinja"
@@ -125,6 +132,16 @@ def read_template(directory: Path, max_bytes: int) -> tuple[str | None, dict[str
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = by_name.get("default")
     return (template if isinstance(template, str) else None), variables
+
+
+def _from_gguf(path: Path, max_bytes: int) -> tuple[str | None, dict[str, str]]:
+    try:
+        files = read_text_files(path)
+    except CheckpointError as error:
+        raise UnusableTokenizer(str(error)) from None
+    if files.chat_template is not None and len(files.chat_template.encode()) > max_bytes:
+        raise UnusableTokenizer(f"{path}: its chat template has more than {max_bytes} bytes")
+    return files.chat_template, files.special_tokens
 
 
 def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from services.chassis.settings import ServiceSettings
 class TokenizerSettings(ServiceSettings):
     """Limits are per process; each input is bounded by the proto first."""
 
-    models: str = Field("glm-tiny=models/glm-tiny", description="comma-separated name=directory pairs")
+    models: str = Field(
+        "glm-tiny=models/glm-tiny", description="comma-separated name=path pairs: a model directory or a .gguf file"
+    )
     max_tokenizer_file_bytes: int = Field(
         64 << 20, ge=1, le=1 << 30, description="largest tokenizer.json or template read; a file from strangers"
     )
@@ -48,7 +50,7 @@ class TokenizerSettings(ServiceSettings):
 
     @property
     def directories(self) -> dict[str, Path]:
-        """Model name → directory."""
+        """Model name → directory or .gguf file."""
         return parse_models(self.models)
 
 

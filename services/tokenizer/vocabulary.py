@@ -16,6 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from engine.checkpoints.digests import tokenizer_digest
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.gguf_tokenizer import read_text_files
 from services.tokenizer.token_bytes import DecoderKind, decoder_kind, token_bytes
 
 MAX_TOKEN_BYTES = 4096
@@ -73,12 +75,10 @@ class Vocabulary:
 
 
 def load(directory: Path, max_file_bytes: int) -> Vocabulary:
-    """Reads `tokenizer.json`. Raises UnusableTokenizer."""
-    path = directory / "tokenizer.json"
+    """Reads `tokenizer.json` of a model directory, or the tokenizer in a .gguf file. Raises UnusableTokenizer."""
+    path = directory if directory.suffix == ".gguf" else directory / "tokenizer.json"
     try:
-        if (size := path.stat().st_size) > max_file_bytes:
-            raise UnusableTokenizer(f"{path}: {size} bytes, at most {max_file_bytes} are allowed")
-        source = json.loads(path.read_text(encoding="utf-8"))
+        source = _source(path, max_file_bytes)
         parsing = _build(source)
         controls = _controls(source)
         plain_source = _without_parsing(source, controls)
@@ -92,6 +92,8 @@ def load(directory: Path, max_file_bytes: int) -> Vocabulary:
         kind = decoder_kind(source.get("decoder"))
     except UnusableTokenizer:
         raise
+    except CheckpointError as error:  # names the file itself
+        raise UnusableTokenizer(str(error)) from None
     except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
         raise UnusableTokenizer(f"{path}: {error}") from None
     for control in controls.values():
@@ -108,6 +110,15 @@ def load(directory: Path, max_file_bytes: int) -> Vocabulary:
         plain=plain,
         plain_continuation=continuation,
     )
+
+
+def _source(path: Path, max_file_bytes: int) -> dict[str, Any]:
+    if path.suffix == ".gguf":
+        return read_text_files(path).tokenizer
+    if (size := path.stat().st_size) > max_file_bytes:
+        raise UnusableTokenizer(f"{path}: {size} bytes, at most {max_file_bytes} are allowed")
+    source: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return source
 
 
 def _build(source: Mapping[str, Any]) -> Any:

@@ -28,6 +28,7 @@ class CountingExecutor:
     block_tokens = BLOCK
     page_bytes = 4 + BLOCK
     vocab_size = VOCABULARY
+    weight_bytes = 0
 
     def __init__(
         self,

@@ -233,7 +233,7 @@ def test_only_allowed_tokens_are_drawn(sampler: kernels.Sampler) -> None:
         drawn = {sampler.draw(logits, uniform=u / 2000, allowed=mask, **more) for u in range(2000)}  # type: ignore[arg-type]
         assert drawn <= allowed and (more or drawn == allowed)
     assert sampler.draw(logits, temperature=0.0, allowed=mask) == max(allowed, key=lambda i: logits[i])
-    assert sampler.draw(logits, allowed=np.zeros(3, np.uint32)) == -1
+    assert sampler.draw(logits, allowed=np.zeros(3, np.uint32)) == -2
     with pytest.raises(ValueError, match="mask"):
         sampler.draw(logits, allowed=np.zeros(2, np.uint32))
 
@@ -271,12 +271,16 @@ def test_bias_comes_first_then_repetition_then_presence_and_frequency(sampler: k
 
 
 def test_logits_that_are_not_finite_draw_nothing(sampler: kernels.Sampler) -> None:
-    for bad in (np.nan, np.inf, -np.inf):
+    """NaN and plus infinity are refused; minus infinity is a probability of zero."""
+    for bad in (np.nan, np.inf):
         logits = np.zeros(20, np.float32)
         logits[7] = bad
         assert sampler.draw(logits) == -1
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(OverflowError, match="finite"):
             sampler.logprobs(logits, 0)
+    logits[7] = -np.inf
+    assert 7 not in {sampler.draw(logits, uniform=u / 200) for u in range(200)}
+    assert sampler.logprobs(logits, 0)[0] == pytest.approx(-np.log(19), abs=1e-6)
     with pytest.raises(ValueError, match="no logits"):
         sampler.draw(np.zeros(0, np.float32))
 

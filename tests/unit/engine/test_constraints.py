@@ -130,6 +130,27 @@ def test_the_cache_is_bounded_and_its_matchers_are_independent() -> None:
     assert len(source._cache) == 2
 
 
+class PanicException(BaseException):
+    """Named as what a panic inside the library becomes."""
+
+
+class Broken:
+    """An automaton with a bug."""
+
+    def consume_token(self, token: int) -> None:
+        raise PanicException("planted")
+
+    unsafe_compute_mask_ptr = validate_tokens = consume_token
+
+
+def test_a_bug_in_the_library_is_an_error_of_its_constraint() -> None:
+    """Its panics are no Exception; uncaught, one would end the thread that everyone depends on."""
+    matcher = Matcher(Broken(), 4)  # type: ignore[arg-type]
+    for call in (lambda: matcher.advance(1), lambda: matcher.allowed([1])):
+        with pytest.raises(ConstraintError):
+            call()
+
+
 def test_without_a_tokenizer_there_are_no_constraints() -> None:
     """A model whose tokenizer cannot be read refuses them by name."""
 

@@ -84,7 +84,7 @@ def test_speculation_changes_no_token(sampling: Sampling, follow: Callable[[int,
         assert flat(tokens) == flat(other) and end == other_end
     if follow is repeats and sampling is GREEDY:
         load = loop.load()
-        assert load.accepted_tokens > 100 and load.drafted_tokens < 2 * load.accepted_tokens
+        assert load.accepted_tokens > 100 and load.draft_tokens < 2 * load.accepted_tokens
 
 
 def test_speculation_saves_steps_where_it_pays_and_rows_where_it_does_not() -> None:
@@ -95,7 +95,7 @@ def test_speculation_saves_steps_where_it_pays_and_rows_where_it_does_not() -> N
     assert len(drafted.steps) < len(plain.steps) / 2
     _, _, cheap = run(request, sometimes, Limits(max_draft=8, draft_match=2))
     _, _, dear = run(request, sometimes, Limits(max_draft=8, draft_match=2), base=0.0001, row=0.03)
-    assert cheap.load().accepted_tokens > 30 and dear.load().drafted_tokens < cheap.load().drafted_tokens / 3
+    assert cheap.load().accepted_tokens > 30 and dear.load().draft_tokens < cheap.load().draft_tokens / 3
 
 
 def test_no_end_is_drawn_before_the_least_length() -> None:

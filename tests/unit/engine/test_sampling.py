@@ -80,7 +80,7 @@ def test_penalties_and_bias_move_the_choice() -> None:
 def test_logprobs_are_of_the_raw_distribution() -> None:
     """Log-probabilities sum to one over the vocabulary and are clipped to the wire's lowest value."""
     entry = logprobs_of(logits(0.0, 1.0, 2.0), 0, 3)
-    assert math.isclose(sum(math.exp(value) for _, value in entry.top), 1.0, rel_tol=1e-9)
+    assert math.isclose(sum(math.exp(value) for _, value in entry.top), 1.0, rel_tol=1e-6)
     assert [token for token, _ in entry.top] == [2, 1, 0] and entry.chosen == entry.top[2]
     assert logprobs_of(logits(0.0, -1e9), 1, 0).chosen == (1, LOWEST_LOGPROB)
 
