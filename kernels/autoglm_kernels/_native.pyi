@@ -1,19 +1,14 @@
 """Types of the compiled part. Arrays are C-contiguous and keep their dtype: nothing is converted on the way in."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Kind: TypeAlias = Literal["int8", "int4", "bf16"]
-Layout: TypeAlias = Literal["panels", "rows", "columns"]
-Isa: TypeAlias = Literal["", "portable", "avx2", "avx512", "amx", "neon"]
-
 class Device:
     """An instruction set and the threads that run it. An empty name takes the best set of this CPU."""
 
-    def __init__(self, threads: int = 1, pin: bool = False, isa: Isa | str = "") -> None: ...
+    def __init__(self, threads: int = 1, pin: bool = False, isa: str = "") -> None: ...
     @property
     def isa(self) -> str: ...
     @property
@@ -23,12 +18,12 @@ def available() -> list[str]:
     """Instruction sets of this CPU, the plainest first."""
 
 class PackedMatrix:
-    """A matrix [n, k] in packed bytes; it keeps the arrays alive."""
+    """A matrix [n, k] in packed bytes; it keeps the arrays alive. kind: int8, int4, bf16; layout: panels, rows, columns."""
 
     def __init__(
         self,
-        kind: Kind | str,
-        layout: Layout | str,
+        kind: str,
+        layout: str,
         n: int,
         k: int,
         group: int,
@@ -42,13 +37,13 @@ class PackedMatrix:
     def multiply(self, device: Device, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """[rows, k] times the transposed matrix: [rows, n]."""
 
-def packed_bytes(kind: Kind | str, layout: Layout | str, n: int, k: int, group: int) -> tuple[int, int]:
+def packed_bytes(kind: str, layout: str, n: int, k: int, group: int) -> tuple[int, int]:
     """Bytes of the data and of the scales."""
 
-def padded_rows(kind: Kind | str, layout: Layout | str, n: int, k: int, group: int) -> int: ...
+def padded_rows(kind: str, layout: str, n: int, k: int, group: int) -> int: ...
 def pack_rows(
-    kind: Kind | str,
-    layout: Layout | str,
+    kind: str,
+    layout: str,
     n: int,
     group: int,
     src: NDArray[np.float32],
@@ -65,9 +60,9 @@ class Model:
     def __init__(
         self,
         device: Device,
-        shape: Mapping[str, Any],
-        globals: Mapping[str, PackedMatrix | NDArray[np.float32]],
-        layers: Sequence[Mapping[str, PackedMatrix | NDArray[np.float32]]],
+        shape: dict[str, Any],
+        globals: dict[str, Any],
+        layers: list[dict[str, Any]],
     ) -> None: ...
     @property
     def page_bytes(self) -> int: ...

@@ -161,7 +161,8 @@ def kept_probabilities(logits: F32, temperature: float, top_k: int, top_p: float
     if 0 < top_k < len(logits):
         order = order[:top_k]
     total = sum(weights[i] for i in order)
-    kept, sum_ = [], 0.0
+    kept: list[int] = []
+    sum_ = 0.0
     for i in order:
         if kept and weights[i] < min_p:
             break
@@ -289,7 +290,7 @@ def test_filters_over_a_large_vocabulary_keep_what_they_should(sampler: kernels.
     """Flat distributions keep thousands of candidates: the search for them must not stop early."""
     logits = np.random.default_rng(7).normal(0, 0.1, 5000).astype(np.float32)
     p = kept_probabilities(logits, 1.0, 0, 0.9, 0.0)
-    order = sorted(np.flatnonzero(p), key=lambda i: (-logits[i], i))
+    order = sorted((int(i) for i in np.flatnonzero(p)), key=lambda i: (-logits[i], i))
     sums = np.cumsum(p[order])
     for u in np.random.default_rng(8).random(300):
         place = order.index(sampler.draw(logits, top_p=0.9, uniform=float(u)))
