@@ -18,7 +18,10 @@ def available() -> list[str]:
     """Instruction sets of this CPU, the plainest first."""
 
 class PackedMatrix:
-    """A matrix [n, k] in packed bytes; it keeps the arrays alive. kind: int8, int4, bf16; layout: panels, rows, columns."""
+    """A matrix [n, k] in packed bytes; it keeps the arrays alive.
+
+    kind is int8, int4 or bf16; layout is panels, rows or columns.
+    """
 
     def __init__(
         self,
