@@ -14,7 +14,7 @@ READY_DEV := $(VENV)/.dev-stamp $(VENV)/.kernels-stamp
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke stop status test fuzz check format proto proto-into proto-check proto-release bench bench-peers model packages clean
+.PHONY: help run smoke stop status test test-arm fuzz check format proto proto-into proto-check proto-release bench bench-peers model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,6 +33,19 @@ status: $(READY) ## what runs, on which ports, under which policy
 
 test: $(READY_DEV) ## every test: real processes, real Envoy
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+SELFTEST := .cache/selftest
+test-arm: ## the kernels compiled for ARM, under qemu: the same bits as on x86 (kernels/selftest/expected.txt)
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "test-arm: skipped, there is no aarch64-linux-gnu-g++ (make packages)"; exit 0; }; \
+	command -v qemu-aarch64 >/dev/null || { echo "test-arm: skipped, there is no qemu-aarch64 (make packages)"; exit 0; }; \
+	set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; mkdir -p $(SELFTEST); \
+	cmake -G Ninja -S kernels -B $(SELFTEST)/arm -DAUTOGLM_SELFTEST=ON -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/kernels/cmake/aarch64.cmake >/dev/null; \
+	cmake --build $(SELFTEST)/arm >/dev/null; \
+	for cpu in max cortex-a72; do \
+	  qemu-aarch64 -cpu $$cpu $(SELFTEST)/arm/autoglm-selftest --isa neon --quick >$(SELFTEST)/$$cpu.txt; \
+	  diff kernels/selftest/expected.txt $(SELFTEST)/$$cpu.txt; \
+	  echo "test-arm: $$cpu gives the bits of x86"; \
+	done
 
 fuzz: $(READY_DEV) ## open damaged model files for ten minutes (MINUTES=…): nothing but typed errors may come out
 	$(TEST_ENV) $(BIN)/python -m tests.long.fuzz_checkpoints --minutes $(or $(MINUTES),10)
@@ -81,6 +94,7 @@ model: $(READY_DEV) ## train glm-tiny again from the standard library (up to two
 
 packages: ## system packages that tests use when they are there (Debian; needs root)
 	command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
+	{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user; }
 
 clean: stop ## remove what was installed and generated here
 	rm -rf $(VENV) .cache .run

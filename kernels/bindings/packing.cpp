@@ -62,7 +62,7 @@ void bind_packing(nb::module_& m) {
         if (int(x.shape(1)) != w.k) throw std::invalid_argument("multiply: x has " + std::to_string(x.shape(1)) + " columns, the matrix " + std::to_string(w.k));
         const int rows = int(x.shape(0)), width = w.padded_n(), k = w.padded_k();
         const int wide = w.layout == Layout::columns ? 64 : kPanel;
-        std::vector<int8_t> q8(size_t(rows) * size_t(k));
+        std::vector<int8_t> q8(size_t(rows) * size_t(k) + 64);  // a tile of the last group may read beyond it
         std::vector<int16_t> q16(size_t(rows) * size_t(k));
         std::vector<float> scale(q8.size() / 32 + 1), out(size_t(rows) * size_t(width));
         std::vector<int32_t> sum(scale.size());

@@ -12,6 +12,11 @@
 #endif
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace autoglm {
 
 namespace portable { extern const Kernels kernels; }
@@ -60,6 +65,21 @@ const Cpu& cpu() { static const Cpu found = detect(); return found; }
 }  // namespace
 #elif defined(__aarch64__)
 namespace neon { extern const Kernels kernels; }
+namespace neon_dot { extern const Kernels kernels; }
+
+namespace {
+
+bool has_dot_product() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 #endif
 
 bool supports(Isa isa) {
@@ -86,7 +106,7 @@ const Kernels* kernels_for(Isa isa) {
     case Isa::avx512: return &avx512::kernels;
     case Isa::amx: return &amx::kernels;
 #elif defined(__aarch64__)
-    case Isa::neon: return &neon::kernels;
+    case Isa::neon: return has_dot_product() ? &neon_dot::kernels : &neon::kernels;
 #endif
     case Isa::portable: return &portable::kernels;
     default: return nullptr;

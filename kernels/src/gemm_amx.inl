@@ -19,6 +19,7 @@ static void configure_tiles() {
 // One group of up to 64 tokens: sums[token][16]. Tiles 0-3 are sums, 4-7 tokens of one, the last B is in tile 7.
 template <int M>
 static inline void group_tiles(const uint8_t* w, const int8_t* q, size_t k, int length, int32_t* sums) {
+  asm volatile("" : : : "memory");  // the compiler does not know that tile loads read memory
   _tile_zero(0);
   if (M > 1) _tile_zero(1);
   if (M > 2) _tile_zero(2);

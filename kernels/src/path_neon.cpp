@@ -1,4 +1,5 @@
-// The kernels compiled for one instruction set: neon.
+// The kernels compiled for one instruction set: neon. path_neon_dot.cpp compiles them once more, for processors with the
+// dot-product extension.
 #define AUTOGLM_PATH_NEON
 #include <arm_neon.h>
 
@@ -8,8 +9,12 @@
 
 #include "kernels.h"
 
+#if !defined(AUTOGLM_NEON)
+#define AUTOGLM_NEON neon
+#endif
+
 namespace autoglm {
-namespace neon {
+namespace AUTOGLM_NEON {
 
 constexpr int kQueryTile = 8;
 
@@ -27,5 +32,5 @@ const Kernels kernels = {
     add_bias, scale, rotate, store_kv, attend, argmax, sum_exp, exps,
 };
 
-}  // namespace neon
+}  // namespace AUTOGLM_NEON
 }  // namespace autoglm
