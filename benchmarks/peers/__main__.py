@@ -167,7 +167,7 @@ def _tuned(
         earlier = json.loads(kept.read_text())
         if all(work.name in earlier["options"] for work in plan):
             return earlier["options"], earlier["log"]
-    options, tried = tune(child, plan, contestant.tunes, repeats=2)
+    options, tried = tune(child, plan, contestant.tunes, repeats=1)
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({"options": options, "log": tried}, indent=1) + "\n")
     return options, tried
