@@ -1,6 +1,6 @@
 """Eight callers of the engine's step loop in this process: who got which token when.
 
-Shared by the engine's benchmarks. Times are taken in the listener, on the step thread, as the worker's stream sees them.
+Shared by the engine's benchmarks. Times are taken in the listener, on the step thread.
 """
 
 from __future__ import annotations

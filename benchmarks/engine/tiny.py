@@ -7,12 +7,18 @@ from pathlib import Path
 
 import autoglm_kernels as kernels
 
+from engine.checkpoints.architecture import Architecture
 from engine.checkpoints.opening import open_checkpoint
 from engine.checkpoints.packed import pack_or_open
 from engine.executors.native import KvKind, NativeExecutor
 from engine.precision.plan import Plan, plan_for
 
 MODEL = Path(__file__).resolve().parents[2] / "models/glm-tiny"
+
+
+def architecture() -> Architecture:
+    """Its sizes."""
+    return open_checkpoint(MODEL).architecture
 
 
 def executor(
