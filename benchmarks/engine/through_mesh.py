@@ -24,7 +24,6 @@ from benchmarks import random_checkpoints
 from benchmarks.engine import streams, tiny
 from benchmarks.harness import REPOSITORY, Bar, Mesh, running
 from benchmarks.peers.shapes import SHAPES
-from engine.checkpoints.digest_cache import DigestCache
 from engine.checkpoints.opening import open_checkpoint
 from engine.checkpoints.packed import pack_or_open
 from engine.executors.native import NativeExecutor
@@ -120,7 +119,6 @@ def measure(name: str, model: Path, precision: str, new: int, rounds: int) -> di
     with tempfile.TemporaryDirectory() as folder:
         cache, file = Path(folder), Path(folder, "mesh.yaml")
         weights = pack_or_open(checkpoint, plan, cache / "packed", 2, lambda done, total: None)
-        DigestCache(cache / "digests")
         executor = NativeExecutor(checkpoint.architecture, plan, weights, kernels.Device(2, False, ""), PAGES)
         file.write_text(yaml.safe_dump(topology(model, name)))
         mesh_rates: list[float] = []
@@ -134,22 +132,27 @@ def measure(name: str, model: Path, precision: str, new: int, rounds: int) -> di
         ) as mesh:
             asyncio.run(through(mesh, name, 8))
             pids = {process.name: process.pid for process in mesh.state.processes if process.pid is not None}
-            before = cpu_seconds(pids)
-            tokens, took = 0, 0.0
+            spent = dict.fromkeys(pids, 0.0)
+            own_s, took, tokens, messages = 0.0, 0.0, 0, 0
             for _ in range(rounds):
                 bare_rates.append(bare(executor, model, new))
-                began = time.perf_counter()
+                before, own, began = cpu_seconds(pids), time.process_time(), time.perf_counter()
                 seen = asyncio.run(through(mesh, name, new))
                 took += time.perf_counter() - began
+                own_s += time.process_time() - own
+                after = cpu_seconds(pids)
+                spent = {each: spent[each] + after[each] - before[each] for each in pids}
                 tokens += sum(one.tokens for one in seen)
+                messages += sum(len(one.times) for one in seen)
                 mesh_rates.append(rate(seen))
-            after = cpu_seconds(pids)
     ratios = [mesh / alone for mesh, alone in zip(mesh_rates, bare_rates, strict=True)]
     return {
         "mesh_tokens_per_s": mesh_rates,
         "bare_tokens_per_s": bare_rates,
         "ratio": statistics.median(ratios),
-        "cpu_us_per_token": {each: round(1e6 * (after[each] - before[each]) / tokens) for each in pids},
+        "messages_per_token": messages / tokens,
+        "cpu_us_per_token": {each: round(1e6 * found / tokens) for each, found in spent.items()}
+        | {"client": round(1e6 * own_s / tokens)},
         "seconds_in_mesh": took,
         "new_tokens": new,
     }
@@ -160,7 +163,7 @@ def drill(quick: bool) -> tuple[list[Bar], dict[str, Any]]:
     bars: list[Bar] = []
     details: dict[str, Any] = {}
     q05 = random_checkpoints.write(SHAPES["q05"], REPOSITORY / ".cache/engine")
-    for name, model, new in (("q05", q05, 64), ("glm-tiny", tiny.MODEL, 400)):
+    for name, model, new in (("q05", q05, 128), ("glm-tiny", tiny.MODEL, 400)):
         found = details[name] = measure(name, model, "int8", new, 1 if quick else 3)
         print(f"  {name}: {found}", flush=True)
         share = found["ratio"]

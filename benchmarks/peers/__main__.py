@@ -61,6 +61,8 @@ class Settings:
     """Decode steps of one measurement."""
     reuses_tuning: bool
     """Options tuned by an earlier run of the same work are taken as they are."""
+    skipped: tuple[str, ...]
+    """SHAPE:WORK that is left out."""
 
 
 def works(shape: Shape, settings: Settings) -> list[Work]:
@@ -79,7 +81,11 @@ def works(shape: Shape, settings: Settings) -> list[Work]:
             for n in CURVE
             if n not in (1, 8)
         ]
-    return [work for work in found if not settings.works or work.name in settings.works]
+    return [
+        work
+        for work in found
+        if (not settings.works or work.name in settings.works) and f"{shape.name}:{work.name}" not in settings.skipped
+    ]
 
 
 def compare(shape: Shape, environments: Environments, settings: Settings, walls: wall.Meter) -> dict[str, Any]:
@@ -165,8 +171,11 @@ def _tuned(
     """Options by work and the log of what was tried: as an earlier run kept them, if wanted and complete."""
     if reuses and kept.exists():
         earlier = json.loads(kept.read_text())
-        if all(work.name in earlier["options"] for work in plan):
-            return earlier["options"], earlier["log"]
+        options = earlier["options"]
+        for work in plan:
+            options.setdefault(work.name, options.get(work.tuned_as))
+        if all(options[work.name] is not None for work in plan):
+            return options, earlier["log"]
     options, tried = tune(child, plan, contestant.tunes, repeats=1)
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({"options": options, "log": tried}, indent=1) + "\n")
@@ -187,6 +196,7 @@ def main(
     long_rounds: Annotated[int, typer.Option(min=1, help="good blocks of the longest prefill")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="decode steps of one measurement")] = 32,
     reuse_tuning: Annotated[bool, typer.Option(help="take options that an earlier run tuned")] = False,
+    skip: Annotated[str, typer.Option(help="comma-separated SHAPE:WORK to leave out, such as g15:prefill 2048")] = "",
     prepare: Annotated[bool, typer.Option(help="only make environments and models")] = False,
 ) -> None:
     """Compare; exit code 1 when a bar was missed."""
@@ -204,6 +214,7 @@ def main(
         long_rounds,
         steps,
         reuse_tuning,
+        _listed(skip),
     )
     if prepare:
         _prepare(chosen, environments, settings)

@@ -41,7 +41,6 @@ LLAMA_TUNES: dict[str, tuple[dict[str, Any], ...]] = {
         {"flash": 1, "ubatch": 512},
         {"flash": 0, "ubatch": 512},
         {"flash": 1, "ubatch": 128},
-        {"flash": 1, "ubatch": 2048},
     ),
 }
 
