@@ -14,7 +14,7 @@ READY_DEV := $(VENV)/.dev-stamp $(VENV)/.kernels-stamp
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke stop status test test-arm fuzz check format proto proto-into proto-check proto-release bench bench-peers model packages clean
+.PHONY: help run smoke stop status test test-arm fuzz check format proto proto-into proto-check proto-release bench bench-engine bench-quality bench-peers model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -84,6 +84,12 @@ proto-release: $(READY_DEV) ## declare the protos as they are to be the release 
 
 bench: $(READY_DEV) ## measure the claims and write benchmarks/results
 	$(TEST_ENV) $(BIN)/python -m benchmarks.mesh
+
+bench-engine: $(READY_DEV) ## the engine under mixed load, its memory, the mesh around it (ARGS="mixed-load --quick")
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-quality: $(READY_DEV) ## what each number format costs glm-tiny in quality on held-out text
+	$(TEST_ENV) $(BIN)/python -m benchmarks.quality
 
 bench-peers: $(READY_DEV) ## our engine beside llama.cpp, OpenVINO and ONNX Runtime (first time: an hour and 20 GB of disk; ARGS=--help)
 	$(PIP) install --quiet --constraint constraints.txt --group bench

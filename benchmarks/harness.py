@@ -226,22 +226,32 @@ class Bar:
     is_met: bool
 
 
-def report(name: str, bars: list[Bar], details: dict[str, Any]) -> None:
+def report(name: str, bars: list[Bar], details: dict[str, Any], command: str = "") -> None:
     """Prints one line per bar and writes benchmarks/results/<name>.json with commit, machine and command."""
     for bar in bars:
         print(f"{bar.name}  {bar.value}  {bar.target}  {'ok' if bar.is_met else 'missed'}")
     RESULTS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     record = {
         "name": name,
-        "commit": commit.stdout.strip(),
-        "command": f"python -m benchmarks.mesh {name}",
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "commit": commit(),
+        "command": command or f"python -m benchmarks.mesh {name}",
+        "machine": machine(),
         "unix_s": int(time.time()),
         "bars": [vars(bar) for bar in bars],
         **details,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def commit() -> str:
+    """What the working tree was made from."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    """Where a result was measured."""
+    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()}
 
 
 def _processor() -> str:

@@ -31,6 +31,11 @@ from benchmarks.peers.shapes import SHAPES, Shape
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 COLD_BYTES = 1 << 30
 CURVE = (1, 2, 4, 8, 16, 32)
+CURVE_AT = ("q05", "glm-tiny")
+SINGLE_ONLY = ("s14",)
+"""Shapes whose bars are all at batch 1."""
+BATCH_PROMPT = 32
+"""Tokens of each prompt in a batch; short, for most peers compute every one of them before the steps that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +55,37 @@ class Settings:
     """Names of contestants start with one of these; empty: all take part."""
     works: tuple[str, ...]
     """Kinds of work; empty: all."""
+    long_rounds: int
+    """The same for the longest prefill, which takes peers up to a minute."""
+    steps: int
+    """Decode steps of one measurement."""
+    reuses_tuning: bool
+    """Options tuned by an earlier run of the same work are taken as they are."""
+    skipped: tuple[str, ...]
+    """SHAPE:WORK that is left out."""
 
 
-def works(settings: Settings) -> list[Work]:
-    """What is measured at each shape, bars first."""
-    found = [
-        Work("decode batch 1", "decode", 1, new=64),
-        Work("decode batch 8", "decode", 8, new=32),
-        Work("prefill 512", "prefill", tokens=512),
-        Work("prefill 2048", "prefill", tokens=2048, tuned_as="prefill 512"),
+def works(shape: Shape, settings: Settings) -> list[Work]:
+    """What is measured at a shape, bars first."""
+    steps = settings.steps
+    found = [Work("decode batch 1", "decode", 1, new=steps)]
+    if shape.name not in SINGLE_ONLY:
+        found += [
+            Work("decode batch 8", "decode", 8, BATCH_PROMPT, steps),
+            Work("prefill 512", "prefill", tokens=512),
+            Work("prefill 2048", "prefill", tokens=2048, tuned_as="prefill 512"),
+        ]
+    if shape.name in CURVE_AT:
+        found += [
+            Work(f"decode batch {n}", "decode", n, BATCH_PROMPT, steps, for_bars=False, tuned_as="decode batch 8")
+            for n in CURVE
+            if n not in (1, 8)
+        ]
+    return [
+        work
+        for work in found
+        if (not settings.works or work.name in settings.works) and f"{shape.name}:{work.name}" not in settings.skipped
     ]
-    found += [
-        Work(f"decode batch {n}", "decode", n, new=24, for_bars=False, tuned_as="decode batch 8")
-        for n in CURVE
-        if n not in (1, 8)
-    ]
-    return [work for work in found if not settings.works or work.name in settings.works]
 
 
 def compare(shape: Shape, environments: Environments, settings: Settings, walls: wall.Meter) -> dict[str, Any]:
@@ -75,7 +95,7 @@ def compare(shape: Shape, environments: Environments, settings: Settings, walls:
     facts: dict[str, Any] = {}
     blocks: dict[str, list[Block]] = {}
     discarded: dict[str, list[Block]] = {}
-    plan = works(settings)
+    plan = works(shape, settings)
     with ExitStack() as stack:
         entrants = []
         for contestant in taking_part:
@@ -92,6 +112,8 @@ def compare(shape: Shape, environments: Environments, settings: Settings, walls:
         for work in plan:
             print(f"{shape.name} {work.name}", flush=True)
             rounds = settings.rounds if work.for_bars else settings.curve_rounds
+            if work.tokens > 1024:
+                rounds = settings.long_rounds
             runs = [
                 e for e in entrants if work.for_bars or e.name.startswith(("ours", "llama.cpp Q8_0", "llama.cpp Q4_0"))
             ]
@@ -136,10 +158,28 @@ def _enter(
     child = Child(python, contestant.peer, log, settings.limit_s)
     stack.callback(child.close)
     answer = child.ask(op="load", model=str(model), threads=settings.threads, options=contestant.options)
-    options, tried = tune(child, plan, contestant.tunes, repeats=2)
+    kept = environments.folder / f"tuning/{shape.name}-{contestant.name.replace(' ', '-')}.json"
+    options, tried = _tuned(child, contestant, plan, kept, settings.reuses_tuning)
     known = {"bits": contestant.bits, "head_bits": contestant.head_bits} | answer["facts"]
     print(f"{shape.name} {contestant.name}: loaded", flush=True)
     return Entrant(contestant.name, child, options), known | {"tuned": options, "tuning_log": tried}
+
+
+def _tuned(
+    child: Child, contestant: Contestant, plan: list[Work], kept: Path, reuses: bool
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Options by work and the log of what was tried: as an earlier run kept them, if wanted and complete."""
+    if reuses and kept.exists():
+        earlier = json.loads(kept.read_text())
+        options = earlier["options"]
+        for work in plan:
+            options.setdefault(work.name, options.get(work.tuned_as))
+        if all(options[work.name] is not None for work in plan):
+            return options, earlier["log"]
+    options, tried = tune(child, plan, contestant.tunes, repeats=1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"options": options, "log": tried}, indent=1) + "\n")
+    return options, tried
 
 
 def main(
@@ -153,12 +193,29 @@ def main(
     only: Annotated[str, typer.Option(help="comma-separated beginnings of contestants' names")] = "",
     work: Annotated[str, typer.Option(help="comma-separated kinds of work")] = "",
     name: Annotated[str, typer.Option(help="of the result files")] = "peers",
+    long_rounds: Annotated[int, typer.Option(min=1, help="good blocks of the longest prefill")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="decode steps of one measurement")] = 32,
+    reuse_tuning: Annotated[bool, typer.Option(help="take options that an earlier run tuned")] = False,
+    skip: Annotated[str, typer.Option(help="comma-separated SHAPE:WORK to leave out, such as g15:prefill 2048")] = "",
     prepare: Annotated[bool, typer.Option(help="only make environments and models")] = False,
 ) -> None:
     """Compare; exit code 1 when a bar was missed."""
     chosen = [SHAPES[each] for each in _listed(shapes)]
     environments = Environments(Path(os.environ.get("AUTOGLM_PEERS_DIR", REPOSITORY / ".cache/peers")))
-    settings = Settings(rounds, curve_rounds, threads, seed, steal_limit, limit_s, _listed(only), _listed(work))
+    settings = Settings(
+        rounds,
+        curve_rounds,
+        threads,
+        seed,
+        steal_limit,
+        limit_s,
+        _listed(only),
+        _listed(work),
+        long_rounds,
+        steps,
+        reuse_tuning,
+        _listed(skip),
+    )
     if prepare:
         _prepare(chosen, environments, settings)
         return

@@ -1,7 +1,7 @@
 """The executor that serves: packed weights and paged keys and values in the kernels' hands, one native call a step.
 
 Its logits are the same bits on every CPU, with any number of threads, in any batch, chunking or page order
-(docs/decisions/0004). It differs from the reference executor by quantisation only.
+(docs/decisions/0006). It differs from the reference executor by quantisation only.
 """
 
 from __future__ import annotations

@@ -50,10 +50,10 @@ class Limits:
     """Rows of one step at most; the executor's own bound may be lower."""
     logit_rows: int = 64
     """Rows of one step whose logits are kept, beyond one for each decoding request: scoring and drafts."""
-    slowdown: float = 1.8
+    slowdown: float = 1.7
     """While someone decodes, a step with prefill may take this many times the step without it."""
-    least_prefill_rows: int = 16
-    """Rows of prefill that go in any case."""
+    least_prefill_rows: int = 4
+    """Rows of prefill that go in any case. Small, for where rows are dear these are what breaks the slowdown."""
     max_draft: int = 0
     """Draft tokens a request may have in one step; 0 turns speculation off."""
     draft_match: int = 3

@@ -1,8 +1,9 @@
 """What the next step computes: a pure decision about rows, made from what each sequence needs and what a step costs.
 
 Decoding goes first, one row each. Prefill, oldest first, fills up as long as the predicted step stays within a factor
-of a step without it, so a long prompt slows the other streams by that factor at most; some prefill always goes. Draft
-tokens come last: they are a gamble, and take only rows that nobody needs.
+of a step without it, so a long prompt slows the other streams by that factor at most; some prefill always goes, but for
+a rare step that shows what decoding alone takes by now. Draft tokens come last: they are a gamble, and take only rows
+that nobody needs.
 """
 
 from __future__ import annotations
@@ -76,5 +77,7 @@ def _prefill_rows(decoding: int, cost: StepCost, budget: Budget) -> int:
     """Rows of prefill that may join `decoding` rows."""
     if not decoding:
         return budget.max_rows
+    if cost.is_stale:
+        return 0  # once in a while: the next step has prefill again
     allowed_s = (budget.slowdown - 1.0) * cost.predict(decoding, 0)
     return max(budget.least_prefill_rows, int(allowed_s / cost.prefill_row_s))

@@ -53,6 +53,22 @@ def test_prefill_stays_within_the_slowdown() -> None:
     assert plan([Need(2048)], cost, budget) == [512]
 
 
+def test_a_long_prompt_keeps_within_the_slowdown_to_its_end() -> None:
+    """Steps that all look alike teach no wrong cost: as context and machine get slower, the bound holds on."""
+    cost = learnt(0.030, 0.001, 0.0005, steps=100)
+    budget = Budget(512, 64, 1.8, 4)
+    worst = []
+    for step in range(600):
+        slower = 1.0 if step < 200 else 2.0
+        row_s = 0.0005 + 0.000002 * step  # attention over the prompt so far
+        fill = plan([Need(1)] * 8 + [Need(100_000)], cost, budget)[8]
+        seconds = slower * (0.038 + row_s * fill)
+        cost.observe(8, fill, seconds)
+        worst.append(seconds / (slower * 0.038))
+    assert sum(1 for ratio in worst[:200] + worst[300:] if ratio > 1.9) <= 5
+    assert sum(worst[400:]) / len(worst[400:]) > 1.5, "prefill goes on at the speed that is allowed"
+
+
 def test_some_prefill_always_goes() -> None:
     """Even when a single row would cost too much, or decoding alone fills the step."""
     assert plan([Need(1), Need(100)], learnt(0.001, 0.001, 1.0), BUDGET) == [1, 4]
