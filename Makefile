@@ -14,12 +14,26 @@ READY_DEV := $(VENV)/.dev-stamp $(VENV)/.kernels-stamp
 THIRD_PARTY := $(shell find protos/third_party -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
+# What `make run` and `make smoke` may be given besides; each becomes the setting of that name.
+ifneq ($(MODEL),)
+run smoke: export AUTOGLM_MODEL_DIR := $(MODEL)
+endif
+ifneq ($(MODEL_NAME),)
+run smoke: export AUTOGLM_MODEL_NAME := $(MODEL_NAME)
+endif
+ifneq ($(PRECISION),)
+run smoke: export AUTOGLM_PRECISION := $(PRECISION)
+endif
+ifneq ($(THREADS),)
+run smoke: export AUTOGLM_THREADS := $(THREADS)
+endif
+
 .PHONY: help run smoke stop status test test-arm fuzz check format proto proto-into proto-check proto-release bench bench-engine bench-quality bench-peers model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-run: $(READY) ## start the mesh on this machine, ask it something, show the answer and its trace
+run: $(READY) ## start the mesh, ask it something, show the trace (MODEL=dir-or.gguf MODEL_NAME= PRECISION= THREADS=)
 	@$(MESH) run
 
 smoke: $(READY) ## the same without a terminal: start, check one answer, stop; exits 0 or not

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,13 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class DigestCache:
-    """`directory` None remembers nothing. Of more than `max_entries` digests the oldest are forgotten."""
+    """`directory` None remembers nothing. Of more than `max_entries` digests the oldest are forgotten. `progress` is
+    told, while a file is hashed, how many of its bytes have been and how many it has.
+    """
 
     directory: Path | None = None
     max_entries: int = 256
+    progress: Callable[[int, int], None] | None = None
 
     def file_digest(self, path: Path) -> str:
         """`sha256:` and 64 hexadecimal digits over the file's bytes. Raises OSError."""
@@ -44,6 +47,8 @@ class DigestCache:
             hasher = hashlib.sha256()
             while piece := file.read(CHUNK):
                 hasher.update(piece)
+                if self.progress is not None:
+                    self.progress(file.tell(), status.st_size)
             digest = f"sha256:{hasher.hexdigest()}"
             after = os.fstat(file.fileno())
         is_settled = time.time_ns() - after.st_mtime_ns > SETTLED_NS

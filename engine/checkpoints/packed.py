@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from engine.precision.plan import Format, Plan
 MAGIC = b"AUTOGLM-PACKED-1"
 MAX_HEADER_BYTES = 16 << 20
 ALIGNMENT = 64
+WAIT_S = 0.1
+"""Between two looks whether another process has finished packing."""
 ROWS_AT_ONCE = 4 << 20
 """float32 weights in memory while packing, per thread."""
 
@@ -93,14 +96,16 @@ def pack_or_open(
 ) -> PackedWeights:
     """The packed weights below `directory`, made first when they are not there. Raises CheckpointError.
 
+    While another process packs the same weights, this one waits and tells `progress` 0 bytes of 0 now and then.
     `resident` copies them into huge pages of this process instead of mapping the file: quicker by the misses of the
     page tables that it saves, but not shared with other workers.
     """
     path = directory / f"{digest_of(checkpoint, plan)}.packed"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with _locked(path.with_suffix(".lock"), progress):
             if not path.exists():
+                _remove_unfinished(path)
                 pack(checkpoint, plan, path, threads, progress)
         return open_packed(path, layout_of(checkpoint.architecture, plan), resident)
     except OSError as error:
@@ -113,7 +118,7 @@ def pack(checkpoint: Checkpoint, plan: Plan, path: Path, threads: int, progress:
     header = _header(entries)
     base = _base(header)
     total = base + max(entry.end for entry in entries)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:16]}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_unfinished(path))
     try:
         os.posix_fallocate(handle, 0, total)
         with mmap.mmap(handle, total) as memory:
@@ -324,9 +329,28 @@ def _pad16(size: int) -> int:
     return -(-size // 16) * 16
 
 
+def _unfinished(path: Path) -> str:
+    """How names of files that are still being written begin."""
+    return f".{path.stem}."
+
+
+def _remove_unfinished(path: Path) -> None:
+    """What a killed packer of the same weights left behind; to be called while the lock is held."""
+    for left in path.parent.glob(f"{_unfinished(path)}*"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One worker packs, the others wait for it."""
+def _locked(path: Path, waiting: Progress) -> Iterator[None]:
+    """One worker packs, the others wait for it. The lock ends with its process."""
     with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting(0, 0)
+                time.sleep(WAIT_S)
+            else:
+                break
         yield

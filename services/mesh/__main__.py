@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from services.chassis.settings import read
-from services.mesh import policy, start, state, topology
+from services.mesh import model, policy, start, state, topology
 from services.mesh.local import CannotStart, LocalMesh
 from services.mesh.policy import PolicyError
 from services.mesh.rundir import AlreadyRunning, RunDirectory
@@ -40,18 +40,20 @@ def run(
     supervisor = None
     if directory.holder() is None:
         _check_policy(settings)
+        _check_model(settings)
         console.print("[bold]Starting the mesh[/]")
         try:
             supervisor = start.start(directory, os.environ, dies_with_us=False)
         except OSError as error:
             _fail(_unusable(error))
     else:
+        _check_same_model(settings, directory)
         console.print("The mesh is already up.")
     try:
-        with present.Progress(console) as progress:
+        with present.StartScreen(console) as progress:
             current = start.wait_up(directory, supervisor, _patience(settings), progress.show)
-        answered = present.first_request(current, settings.model, _expected(settings), console)
-        present.next_steps(current, settings.model, console)
+        answered = present.first_request(current, _expected(settings), console)
+        present.next_steps(current, console)
         if keep_foreground:
             console.print("Ctrl-C stops the mesh.")
             while directory.holder() is not None:
@@ -73,6 +75,7 @@ def smoke(timeout_s: float = typer.Option(45.0, min=1, help="How long the mesh m
 
     settings, _ = _begin()
     _check_policy(settings)
+    _check_model(settings)
     try:
         passed = judge(settings, _expected(settings), timeout_s, console)
     except OSError as error:
@@ -173,7 +176,7 @@ def _check_policy(settings: MeshSettings, *, with_envoy: bool = False) -> None:
     from services.mesh.translate import NodeSettings, translate
 
     try:
-        processes = topology.load(settings.topology, settings.replicas)
+        processes = topology.load(settings.topology, settings.replicas, settings.is_own_model)
         known = topology.registry(processes, settings.namespace, settings.bind, ())
         planned = topology.instances(processes, itertools.count(1))
         loaded = policy.load(settings.policy_dir)
@@ -195,12 +198,31 @@ def _check_policy(settings: MeshSettings, *, with_envoy: bool = False) -> None:
         _fail(str(error))
 
 
+def _check_model(settings: MeshSettings) -> None:
+    """Exit status 1 before anything is started, when the model of one's own cannot be served."""
+    if not settings.is_own_model:
+        return
+    try:
+        console.print(model.check(settings), markup=False, highlight=False, soft_wrap=True)
+    except model.UnusableModel as error:
+        _fail(str(error))
+
+
+def _check_same_model(settings: MeshSettings, directory: RunDirectory) -> None:
+    """Exit status 1 when the mesh that runs serves another model than the one that is asked for."""
+    current = state.read(directory.state)
+    if current is None or not settings.is_own_model or current.pid != directory.holder():
+        return
+    if current.model_dir != str(settings.model_dir.absolute()) or current.model != model.name(settings):
+        _fail(f"the mesh that is up serves {current.model} ({current.model_dir}); stop it first: make stop")
+
+
 def _expected(settings: MeshSettings) -> list[str]:
     """Who must appear in the trace of a chat request."""
     from services.mesh.demo import CLIENT
     from services.mesh.local import ENVOY
 
-    services = topology.load(settings.topology, settings.replicas).services
+    services = topology.load(settings.topology, settings.replicas, settings.is_own_model).services
     return [CLIENT, ENVOY, *(name for name, spec in services.items() if any(item.count for item in spec.replicas))]
 
 

@@ -11,28 +11,46 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import grpc
 from autoglm import AutoglmError, Client, Delta, Done, Finish
+from autoglm.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
+from services.mesh.settings import BUNDLED_MODEL
 from services.mesh.spans import Span, Tree, build
+from services.mesh.state import MeshState
 
 PROMPT = "Write a Python function `close_{number}`. Close the file and release the lock."
+OWN_PROMPT = "Tell me in two sentences what is special about the number {number}."
+PLAIN_PROMPT = "The number {number} is special because"
+"""For a model of one's own: with a chat template, and without one."""
 MAX_TOKENS = 64
 SEED = 7
 TEMPERATURE = 0.4
 TRACE_WAIT_S = 10.0
 SETTLED_S = 0.45
 """Two export intervals without news: leaves that nobody misses have come by then."""
+PATIENCE_S = 600.0
+"""For an answer of a model that may be large."""
 QUIET_S = 2.0
 """Ten intervals without news: whoever is still missing took no part."""
 POLL_S = 0.05
 CLIENT = "client"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked: as a chat message, or as a text to continue."""
+
+    text: str
+    is_chat: bool = True
 
 
 class NoAnswer(Exception):
@@ -54,15 +72,45 @@ class Answer:
     total_s: float
 
 
-def new_prompt() -> str:
-    """A question nobody has asked: a worker that knows the prompt would not need to ask the cache."""
-    return PROMPT.format(number=random.randrange(10, 10_000))
+def new_question(state: MeshState | None = None) -> Question:
+    """A question nobody has asked: a worker that knows the prompt would not need to ask the cache.
+
+    With `state`, one that suits the model of that mesh. Raises `NoAnswer` when its tokenizer does not say what it can.
+    """
+    number = random.randrange(10, 10_000)
+    if state is None or Path(state.model_dir) == BUNDLED_MODEL.absolute():
+        return Question(PROMPT.format(number=number))
+    is_chat = _has_chat_template(state)
+    return Question((OWN_PROMPT if is_chat else PLAIN_PROMPT).format(number=number), is_chat)
+
+
+def _has_chat_template(state: MeshState) -> bool:
+    ports = [item.ports["grpc"] for item in state.processes if item.service == "tokenizer" and "grpc" in item.ports]
+    host = state.addresses.ingress.rpartition(":")[0]
+    for port in ports:
+        with grpc.insecure_channel(f"{host}:{port}") as channel:
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            try:
+                answer = stub.ListTokenizers(tokenizer_pb2.ListTokenizersRequest(), timeout=10)
+            except grpc.RpcError as error:
+                raise NoAnswer(f"the tokenizer at {host}:{port}: {error}") from error
+        return any(item.model == state.model and item.has_chat_template for item in answer.tokenizers)
+    return True
 
 
 def ask(
-    ingress: str, otlp: str, model: str, on_text: Callable[[str], None], prompt: str = "", timeout_s: float = 60.0
+    ingress: str,
+    otlp: str,
+    model: str,
+    on_text: Callable[[str], None],
+    question: Question | None = None,
+    timeout_s: float = 60.0,
 ) -> Answer:
     """Streams one answer; `on_text` gets each piece. Raises `NoAnswer`."""
+    question = question or new_question()
+    asked: dict[str, Any] = {"prompt": question.text}
+    if question.is_chat:
+        asked = {"messages": [{"role": "user", "content": question.text}]}
     provider = TracerProvider(resource=Resource.create({"service.name": CLIENT}))
     provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint=otlp, insecure=True, timeout=5)))
     span = provider.get_tracer("autoglm.mesh.demo").start_span("chat", kind=SpanKind.CLIENT)
@@ -77,7 +125,7 @@ def ask(
         with (
             Client(ingress, model=model, timeout=timeout_s) as client,
             client.stream(
-                messages=[{"role": "user", "content": prompt or new_prompt()}],
+                **asked,
                 max_tokens=MAX_TOKENS,
                 seed=SEED,
                 temperature=TEMPERATURE,

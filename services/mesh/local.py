@@ -8,20 +8,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
-from services.mesh import envoy, ports, topology
+from pydantic import ValidationError
+
+from services.mesh import envoy, model, ports, topology
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
 from services.mesh.process import Patience, Phase, Process, Program
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory, write_atomically
 from services.mesh.settings import FIXED_PORTS, MeshSettings
-from services.mesh.state import Addresses, MeshState, ProcessState
+from services.mesh.state import Addresses, MeshState, ProcessState, Progress
 from services.mesh.supervise import StartFailed, Supervisor
 from services.mesh.topology import Instance, TopologyError
 from services.mesh.translate import NodeSettings
@@ -29,8 +33,6 @@ from services.mesh.translate import NodeSettings
 log = logging.getLogger("autoglm.local")
 
 SINK, ENVOY = "trace-sink", "envoy"
-RUN_DIR = "{run_dir}"
-"""In the environment of a service: this mesh's own run directory."""
 ROTATE_EVERY_S = 5.0
 
 
@@ -48,7 +50,8 @@ class LocalMesh:
         self.settings = settings = ports.settle(settings)
         self.directory = RunDirectory(settings.run_dir)
         try:
-            self.topology = topology.load(settings.topology, settings.replicas)
+            self.topology = topology.load(settings.topology, settings.replicas, settings.is_own_model)
+            self._placeholders = model.placeholders(settings) | {"{run_dir}": str(self.directory.root)}
             self._supply = ports.free(settings.bind)
             self.instances = {item.name: item for item in topology.instances(self.topology, self._supply)}
             self._ports = {
@@ -178,6 +181,8 @@ class LocalMesh:
                 otlp=f"{here}:{self._ports[SINK]['grpc']}",
                 traces=f"{here}:{self._ports[SINK]['query']}",
             ),
+            model=model.name(self.settings),
+            model_dir=str(self.settings.model_dir.absolute()),
             processes=[self._process_state(name, process) for name, process in self.supervisor.processes.items()],
             policy=self.control.state,
         )
@@ -198,6 +203,7 @@ class LocalMesh:
             labels=dict(instance.labels) if instance else {},
             log=str(process.program.log),
             last_line=(process.last_lines(1) or [""])[0][:500],
+            progress=_progress(process.progress),
         )
 
     def _node(self) -> NodeSettings:
@@ -274,7 +280,12 @@ class LocalMesh:
         return self._environment(item.name, extra)
 
     def _placed(self, item: Instance) -> dict[str, str]:
-        return {key: value.replace(RUN_DIR, str(self.directory.root)) for key, value in item.environment.items()}
+        return {key: self._filled_in(value) for key, value in item.environment.items()}
+
+    def _filled_in(self, value: str) -> str:
+        """In one pass: what is filled in may itself contain braces."""
+        names = "|".join(re.escape(name) for name in self._placeholders)
+        return re.sub(names, lambda found: self._placeholders[found[0]], value)
 
     async def _rotate_access_log(self) -> None:
         path = self.directory.envoy / "access.log"
@@ -285,6 +296,13 @@ class LocalMesh:
                     path.replace(path.with_name("access.log.1"))
                 if not path.exists():  # also when Envoy did not hear us the last time
                     await self.admin.reopen_logs()
+
+
+def _progress(facts: Mapping[str, Any]) -> Progress | None:
+    try:
+        return Progress.model_validate(facts) if facts else None
+    except ValidationError:
+        return None
 
 
 def _plain_environment() -> dict[str, str]:

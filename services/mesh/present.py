@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from services.mesh import demo, timeline
-from services.mesh.state import MeshState
+from services.mesh.settings import BUNDLED_MODEL
+from services.mesh.state import MeshState, Progress
 
 MARKS = {
     "waiting": ("·", "dim"),
@@ -27,7 +28,12 @@ MARKS = {
 }
 
 
-class Progress:
+CODE_STARTS = ("def read_lines(path):", "import os\\n", "class Stack:")
+TEXT_STARTS = ("The first day of spring", "A good teacher", "Once upon a time")
+BAR_CELLS = 24
+
+
+class StartScreen:
     """A live list of components; without a terminal, one line per change."""
 
     def __init__(self, console: Console) -> None:
@@ -50,21 +56,32 @@ class Progress:
             self._live.update(_components(state))
             return
         for item in state.processes:
-            if self._said.get(item.name) != item.phase:
+            if item.phase == "starting" and item.progress is not None:
+                self._say_progress(item.name, item.progress)
+            elif self._said.get(item.name) != item.phase:
                 self._said[item.name] = item.phase
                 if item.phase not in ("waiting", "starting"):
                     self._console.print(
                         f"{item.name}: {item.phase} {_remark(item.phase, item.start_s, item.last_exit)}".rstrip()
                     )
 
+    def _say_progress(self, name: str, progress: Progress) -> None:
+        """Each tenth of the way once."""
+        tenth = 10 * progress.done // progress.total if progress.total else 0
+        if self._said.get(name) != (said := f"{progress.doing} {tenth}"):
+            self._said[name] = said
+            self._console.print(f"{name}: {progress_text(progress)}", markup=False, highlight=False)
 
-def first_request(state: MeshState, model: str, expected: list[str], console: Console) -> bool:
+
+def first_request(state: MeshState, expected: list[str], console: Console) -> bool:
     """Asks, streams the answer to the terminal, draws the trace. False when there was no answer."""
-    console.print(f"\n[bold]Asking[/] {model} through http://{state.addresses.ingress} as any client would:")
-    prompt = demo.new_prompt()
-    console.print(f"[cyan]> {prompt}[/]", highlight=False)
+    at = state.addresses
+    console.print(f"\n[bold]Asking[/] {state.model} through http://{at.ingress} as any client would:")
     try:
-        answer = demo.ask(state.addresses.ingress, state.addresses.otlp, model, _write, prompt)
+        question = demo.new_question(state)
+        how = "" if question.is_chat else "(it has no chat template, so this text is continued)"
+        console.print(f"[cyan]> {question.text}[/] {how}", highlight=False)
+        answer = demo.ask(at.ingress, at.otlp, state.model, _write, question, demo.PATIENCE_S)
     except demo.NoAnswer as failure:
         console.print(f"\n[bold red]no answer:[/] {failure}")
         return False
@@ -82,10 +99,12 @@ def first_request(state: MeshState, model: str, expected: list[str], console: Co
     return True
 
 
-def next_steps(state: MeshState, model: str, console: Console) -> None:
+def next_steps(state: MeshState, console: Console) -> None:
     """Addresses and three things to try."""
-    at = state.addresses
-    body = f'{{"model":"{model}","stream":true,"max_tokens":64,"temperature":0.4,"prompt":"def read_lines(path):"}}'
+    at, model = state.addresses, state.model
+    is_bundled = Path(state.model_dir) == BUNDLED_MODEL.absolute()
+    first, second, third = CODE_STARTS if is_bundled else TEXT_STARTS
+    body = f'{{"model":"{model}","stream":true,"max_tokens":64,"temperature":0.4,"prompt":"{first}"}}'
     script = Path(sys.executable).with_name("autoglm")
     shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     command = f"{shown}" if script.exists() else "python -m autoglm.cli"
@@ -104,9 +123,9 @@ def next_steps(state: MeshState, model: str, console: Console) -> None:
     for line in (
         f"  curl -N http://{at.ingress}/v1/completions -H 'content-type: application/json' -d '{body}'",
         f'  python -c \'from openai import OpenAI; c = OpenAI(base_url="http://{at.ingress}/v1", api_key="-"); '
-        f'print(c.completions.create(model="{model}", prompt="import os\\n", max_tokens=64, '
+        f'print(c.completions.create(model="{model}", prompt="{second}", max_tokens=64, '
         "temperature=0.4).choices[0].text)'",
-        f"  {elsewhere}{command} generate --temperature 0.4 'class Stack:'",
+        f"  {elsewhere}{command} generate --temperature 0.4 '{third}'",
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print("\n  make status · make stop · edit istio/base/*.yaml: changes apply within a second\n", markup=False)
@@ -123,6 +142,8 @@ def _components(state: MeshState) -> Table:
         mark, style = MARKS.get(item.phase, ("?", ""))
         took = item.start_s or (time.time() - item.since_unix_s if item.phase == "starting" else 0.0)
         remark = _remark(item.phase, took, item.last_exit)
+        if item.phase == "starting" and item.progress is not None:
+            remark += f"  {progress_text(item.progress)}"
         if item.phase in ("backing off", "failed"):
             remark += f"  {item.last_line[:100]}"
         table.add_row(
@@ -135,3 +156,13 @@ def _remark(phase: str, took_s: float, last_exit: str) -> str:
     if phase in ("backing off", "failed"):
         return f"{phase}: {last_exit}"
     return f"{took_s:.1f} s" if took_s else ("waits for others" if phase == "waiting" else "")
+
+
+def progress_text(progress: Progress) -> str:
+    """How far a long start is, as a bar and in words."""
+    if not progress.total:
+        return f"{progress.doing}: another process is at it, {progress.seconds:.0f} s"
+    filled = min(BAR_CELLS, BAR_CELLS * progress.done // progress.total)
+    left_s = progress.seconds * (progress.total - progress.done) / max(1, progress.done)
+    bar = "█" * filled + "░" * (BAR_CELLS - filled)
+    return f"{progress.doing} {bar} {progress.done >> 20} of {progress.total >> 20} MiB, {left_s:.0f} s left"

@@ -1,7 +1,9 @@
 """One supervised process: started, waited for, restarted when it dies, ended with grace.
 
-It is ready when it logs the chassis' JSON "ready" line, or when its probe says so (Envoy). Nothing is known here about
-what the process does. It has a process group of its own, and dies with the supervisor (see `launch.py`).
+It is ready when it logs the chassis' JSON "ready" line, or when its probe says so (Envoy). JSON lines "progress" say
+how far a long start is. One that ends with status 2 before it was ever ready says that what it is told is wrong
+(settings, a model that cannot be read): it is not started again. Nothing else is known here about what it does. It has
+a process group of its own, and dies with the supervisor (see `launch.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from services.mesh.logs import BoundedLog, LineSplitter
 
 LAUNCH = Path(__file__).with_name("launch.py")
 PROBE_PAUSE_S = 0.03
+CANNOT_WORK = 2
+"""The exit status of a program whose settings or files are wrong."""
 LAST_OUTPUT_S = 1.0
 """How long the output of an ended process is waited for; a grandchild could hold the pipe open for ever."""
 
@@ -76,11 +80,15 @@ class Process:
         self.last_exit = ""
         self.facts: Mapping[str, Any] = {}
         """The fields of the ready line."""
+        self.progress: Mapping[str, Any] = {}
+        """The fields of the newest progress line of a start that is under way."""
+        self._heard_at = 0.0
         self.start_s = 0.0
         self.was_ready = asyncio.Event()
         self._log = BoundedLog(program.log, patience.log_bytes)
         self._stopping = asyncio.Event()
         self._child: asyncio.subprocess.Process | None = None
+        self._returned: int | None = None
 
     async def keep(self) -> None:
         """Runs the program again and again until `stop`, or until it has failed too often before its first ready."""
@@ -91,7 +99,8 @@ class Process:
             if self._stopping.is_set():
                 break
             failures = 1 if was_ready and time.monotonic() - began >= self.patience.stable_s else failures + 1
-            if not self.was_ready.is_set() and failures >= self.patience.start_attempts:
+            is_hopeless = self._returned == CANNOT_WORK or failures >= self.patience.start_attempts
+            if not self.was_ready.is_set() and is_hopeless:
                 self._enter(Phase.FAILED)
                 return
             self._enter(Phase.BACKING_OFF)
@@ -125,8 +134,9 @@ class Process:
         self._log.close()
 
     async def _live_once(self) -> bool:
+        self.progress = {}
         self._enter(Phase.STARTING)
-        began = time.monotonic()
+        began = self._heard_at = time.monotonic()
         child = self._child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-I",
@@ -149,12 +159,14 @@ class Process:
         watch = asyncio.create_task(self._wait_ready(ready))
         ended = asyncio.create_task(child.wait())
         try:
-            await asyncio.wait(
-                {watch, ended}, timeout=self.patience.start_timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            while (left_s := self._heard_at + self.patience.start_timeout_s - time.monotonic()) > 0:
+                done, _ = await asyncio.wait({watch, ended}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    break
             is_ready = watch.done() and not ended.done()
             if is_ready:
                 self.start_s = time.monotonic() - began
+                self.progress = {}
                 self.was_ready.set()
                 self._enter(Phase.READY)
             elif not ended.done():
@@ -168,6 +180,8 @@ class Process:
                 task.cancel()
             await asyncio.gather(output, watch, ended, return_exceptions=True)
             self.pid = None
+        self.progress = {}
+        self._returned = child.returncode
         self.last_exit = describe_exit(child.returncode)
         return is_ready
 
@@ -177,11 +191,20 @@ class Process:
         while data := await child.stdout.read(65_536):
             for line in lines.feed(data):
                 self._log.write(line)
-                if not ready.is_set() and (facts := _ready_facts(line)) is not None:
-                    self.facts = facts
-                    ready.set()
+                if not ready.is_set():
+                    self._listen(line, ready)
         if rest := lines.rest():
             self._log.write(rest)
+
+    def _listen(self, line: bytes, ready: asyncio.Event) -> None:
+        """Takes note of a line of a process that is not ready yet."""
+        facts = _entry(line)
+        if facts.get("message") == "ready":
+            self.facts = facts
+            ready.set()
+        elif facts.get("message") == "progress" and facts != self.progress:
+            self.progress, self._heard_at = facts, time.monotonic()
+            self._changed()
 
     async def _wait_ready(self, ready: asyncio.Event) -> None:
         if self.program.probe is None:
@@ -210,14 +233,15 @@ def describe_exit(code: int | None) -> str:
     return f"exit status {code}"
 
 
-def _ready_facts(line: bytes) -> Mapping[str, Any] | None:
-    if not line.startswith(b"{") or b'"ready"' not in line:
-        return None
+def _entry(line: bytes) -> Mapping[str, Any]:
+    """A log line's fields; none when it is not one object of JSON."""
+    if not line.startswith(b"{"):
+        return {}
     try:
         entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and entry.get("message") == "ready" else None
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 def _kill_group(pid: int) -> None:

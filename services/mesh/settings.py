@@ -11,6 +11,8 @@ from pydantic import Field
 
 from services.chassis.settings import Port, ServiceSettings
 
+BUNDLED_MODEL = Path("models/glm-tiny")
+
 
 class MeshSettings(ServiceSettings):
     """Where the mesh listens, what it starts, and how patient it is."""
@@ -21,7 +23,18 @@ class MeshSettings(ServiceSettings):
     replicas: str = Field(
         "", max_length=1024, description="overrides replica counts, such as sparse-inference/canary=1"
     )
-    model: str = Field("glm-tiny", min_length=1, max_length=128, description="model the first request asks for")
+    model_dir: Path = Field(
+        BUNDLED_MODEL, description="the model to serve: a directory in the Hugging Face layout or a .gguf file"
+    )
+    model_name: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9._:/@+-]{0,128}$",
+        description="its public name; empty: the name of the directory or file",
+    )
+    precision: str = Field("int8", description="number format of its weights: bf16, int8, int4 or int4-head4")
+    threads: int | None = Field(
+        None, ge=0, le=1024, description="threads of a worker, 0: all CPUs; unset: 1 for glm-tiny's two, else 0"
+    )
 
     ingress_port: Port = Field(8080, description="Envoy's port for clients; 0 takes a free one")
     outbound_port: Port = Field(15001, description="Envoy's port for the services' own calls; 0 takes a free one")
@@ -38,6 +51,11 @@ class MeshSettings(ServiceSettings):
     log_bytes: int = Field(4 << 20, ge=4096, le=1 << 30, description="size of one log file before it is rotated once")
     watch_ms: int = Field(100, ge=10, le=10_000, description="how often the policy folder is looked at")
     accept_timeout_s: float = Field(2.0, gt=0, le=60, description="how long Envoy may take to accept a change")
+
+    @property
+    def is_own_model(self) -> bool:
+        """Whether the model is another than the one in the repository."""
+        return self.model_dir.absolute() != BUNDLED_MODEL.absolute()
 
 
 FIXED_PORTS: tuple[tuple[str, str], ...] = (

@@ -31,7 +31,7 @@ def smoke(settings: MeshSettings, expected: list[str], timeout_s: float, console
     try:
         state = start.wait_up(directory, supervisor, timeout_s, lambda _: None)
         console.print(f"up in {time.monotonic() - began:.1f} s on {state.addresses.ingress}")
-        problems = _judge(state, settings.model, expected, console)
+        problems = _judge(state, expected, console)
     except (CannotStart, demo.NoAnswer, OSError) as error:
         problems = [str(error)]
     finally:
@@ -47,8 +47,9 @@ def smoke(settings: MeshSettings, expected: list[str], timeout_s: float, console
     return not problems
 
 
-def _judge(state: MeshState, model: str, expected: list[str], console: Console) -> list[str]:
-    answer = demo.ask(state.addresses.ingress, state.addresses.otlp, model, lambda _: None)
+def _judge(state: MeshState, expected: list[str], console: Console) -> list[str]:
+    at, question = state.addresses, demo.new_question(state)
+    answer = demo.ask(at.ingress, at.otlp, state.model, lambda _: None, question, demo.PATIENCE_S)
     tree, missing = demo.whole_trace(state.addresses.traces, answer.trace_id, expected)
     for line in timeline.plain(tree):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from services.mesh import state
 from services.mesh.local import CannotStart
 from services.mesh.process import LAUNCH
 from services.mesh.rundir import RunDirectory
-from services.mesh.state import MeshState
+from services.mesh.state import MeshState, Progress
 
 POLL_S = 0.05
 OUTPUT = "supervisor"
@@ -46,9 +46,12 @@ def wait_up(
 ) -> MeshState:
     """Returns when everything is ready; `watch` sees each state on the way. Raises `CannotStart` with the reason.
 
+    `timeout_s` begins anew with every progress that a process tells.
+
     Without `supervisor`, or when another was quicker than it, this waits for whoever holds the directory.
     """
     deadline = time.monotonic() + timeout_s
+    progress: list[Progress | None] = []
     who = None if supervisor is None else supervisor.pid
     while time.monotonic() < deadline:
         ended = supervisor is not None and supervisor.poll() is not None
@@ -58,6 +61,8 @@ def wait_up(
         # What an earlier mesh left behind says nothing about this one.
         if current is not None and current.pid == who:
             watch(current)
+            if (now := [item.progress for item in current.processes]) != progress:
+                progress, deadline = now, time.monotonic() + timeout_s
             if current.phase == "up":
                 return current
             if current.phase == "failed":

@@ -15,6 +15,15 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class Progress(_Frozen):
+    """How far a long start is; a total of 0 is unknown."""
+
+    doing: str
+    done: int
+    total: int
+    seconds: float
+
+
 class ProcessState(_Frozen):
     """One supervised process."""
 
@@ -31,6 +40,7 @@ class ProcessState(_Frozen):
     labels: dict[str, str]
     log: str
     last_line: str
+    progress: Progress | None = None
 
 
 class RouteWeight(_Frozen):
@@ -73,6 +83,8 @@ class MeshState(_Frozen):
     up_s: float = Field(0.0, description="seconds from the start until everything was ready")
     reason: str = ""
     addresses: Addresses
+    model: str = Field("", description="public name of the model that is served")
+    model_dir: str = Field("", description="where it lies")
     processes: list[ProcessState] = []
     policy: PolicyState = PolicyState()
 

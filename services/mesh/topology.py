@@ -47,6 +47,8 @@ class ReplicaSpec(_Strict):
 
     name: Name
     count: int = Field(1, ge=0, le=MAX_REPLICAS)
+    own_model_count: int | None = Field(None, ge=0, le=MAX_REPLICAS)
+    """Instead of `count`, when the model is not the one in the repository."""
     labels: dict[Label, Label] = Field(default_factory=dict, max_length=16)
     locality: Annotated[str, StringConstraints(max_length=128)] = ""
     environment: dict[Variable, Text] = Field(default_factory=dict, max_length=64)
@@ -85,8 +87,11 @@ class Instance:
     after: tuple[str, ...]
 
 
-def load(path: Path, overrides: str = "") -> Topology:
-    """The topology with replica counts overridden by `service/replicas=count` pairs. Raises `TopologyError`."""
+def load(path: Path, overrides: str = "", is_own_model: bool = False) -> Topology:
+    """The topology with the replica counts for the model, and those overridden by `service/replicas=count` pairs.
+
+    Raises `TopologyError`.
+    """
     try:
         raw = path.read_bytes()[: MAX_FILE_BYTES + 1]
         if len(raw) > MAX_FILE_BYTES:
@@ -97,7 +102,7 @@ def load(path: Path, overrides: str = "") -> Topology:
         raise TopologyError("\n".join(lines)) from None
     except (OSError, yaml.YAMLError) as error:
         raise TopologyError(f"{path}: {' '.join(str(error).split())}") from None
-    topology = _override(topology, overrides)
+    topology = _override(_for_model(topology, is_own_model), overrides)
     if problems := list(_problems(topology)):
         raise TopologyError("\n".join(f"{path}: {problem}" for problem in problems))
     return topology
@@ -151,6 +156,16 @@ def _instance_names(name: str, spec: ServiceSpec) -> Iterable[tuple[str, Replica
             yield name if is_alone else f"{name}-{replica.name}-{index}", replica
 
 
+def _for_model(topology: Topology, is_own: bool) -> Topology:
+    wanted = {
+        (name, replica.name): replica.own_model_count
+        for name, spec in topology.services.items()
+        for replica in spec.replicas
+        if is_own and replica.own_model_count is not None
+    }
+    return _with_counts(topology, wanted)
+
+
 def _override(topology: Topology, overrides: str) -> Topology:
     wanted: dict[tuple[str, str], int] = {}
     for item in filter(None, (part.strip() for part in overrides.split(","))):
@@ -163,6 +178,10 @@ def _override(topology: Topology, overrides: str) -> Topology:
                 f"AUTOGLM_REPLICAS: {item!r} is not service/replicas=count, of a known service, at most {MAX_REPLICAS}"
             )
         wanted[service, replicas] = int(count)
+    return _with_counts(topology, wanted)
+
+
+def _with_counts(topology: Topology, wanted: Mapping[tuple[str, str], int]) -> Topology:
     services = {
         name: spec.model_copy(
             update={

@@ -44,7 +44,7 @@ async def main() -> None:
         return await _serve_onnx(settings, member, file)
     limit = settings.max_weights_mib << 20
     remembered = (settings.cache_dir or default_cache_directory()) / "digests" if settings.remember_digests else None
-    digests = DigestCache(remembered)
+    digests = DigestCache(remembered, progress=engines.Reporter("hashing weights"))
     try:
         arithmetic = engines.arithmetic(settings)
         variant = await asyncio.to_thread(variants.load, settings.model_dir, arithmetic, limit, digests)

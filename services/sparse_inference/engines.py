@@ -1,28 +1,40 @@
 """Makes the executor that the settings ask for, and says which arithmetic it has.
 
-The native executor serves; the reference executor is there to compare with. Packing a model for the first time takes a
-while, so its progress goes to standard error: a bar on a terminal, a line now and then in a log.
+The native executor serves; the reference executor is there to compare with. Hashing and packing a model for the first
+time takes a while, so `Reporter` says how far it is: a bar on a terminal, elsewhere a log line a second, which a
+supervisor reads as a sign of life.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+from pathlib import Path
 
 import autoglm_kernels as kernels
 
+from engine.checkpoints.architecture import Architecture
 from engine.checkpoints.digest_cache import default_cache_directory
-from engine.checkpoints.packed import Progress, pack_or_open
+from engine.checkpoints.packed import pack_or_open
 from engine.checkpoints.variant import Variant
 from engine.executors import native, reference
 from engine.precision.plan import plan_for
 from services.sparse_inference.settings import WorkerSettings
 
+log = logging.getLogger("autoglm.engines")
+
 Served = native.NativeExecutor | reference.ReferenceExecutor
 
 BAR_CELLS = 32
-LOG_EVERY_S = 5.0
+LOG_EVERY_S = 1.0
+QUICK_S = 0.5
+"""What takes no longer is not worth a word."""
+
+AUTOMATIC_TOKENS = 4096
+"""Per running request, keys and values that an automatic capacity has room for."""
+LEAST_PAGES = 64
 
 
 class CannotRun(Exception):
@@ -39,9 +51,9 @@ def arithmetic(settings: WorkerSettings) -> str:
 
 def make(settings: WorkerSettings, variant: Variant) -> Served:
     """Loads the variant's weights. Raises CheckpointError or CannotRun."""
-    arch, room = variant.architecture, settings.kv_capacity_bytes
+    arch = variant.architecture
     if settings.executor == "reference":
-        pages = max(1, room // reference.page_bytes(arch))
+        pages = kv_pages(settings, arch, reference.page_bytes(arch), _free_bytes())
         limit = settings.max_weights_mib << 20
         return reference.ReferenceExecutor(variant.checkpoint, pages, settings.limits.step_rows, limit)
     threads = settings.threads or len(os.sched_getaffinity(0))
@@ -52,29 +64,65 @@ def make(settings: WorkerSettings, variant: Variant) -> Served:
         raise CannotRun(str(error)) from None
     directory = (settings.cache_dir or default_cache_directory()) / "packed"
     resident = settings.weights_memory == "resident"
-    weights = pack_or_open(variant.checkpoint, plan, directory, threads, _progress(), resident)
-    pages = max(1, room // native.page_bytes(arch, settings.kv_precision))
+    free = _free_bytes()
+    weights = pack_or_open(variant.checkpoint, plan, directory, threads, Reporter("packing weights"), resident)
+    pages = kv_pages(settings, arch, native.page_bytes(arch, settings.kv_precision), max(0, free - weights.nbytes))
     return native.NativeExecutor(arch, plan, weights, device, pages, settings.limits.step_rows, settings.kv_precision)
 
 
-def _progress() -> Progress:
-    """Draws on a terminal; elsewhere one line every few seconds. Quick packing says nothing."""
-    began = last = time.monotonic()
-    on_terminal = sys.stderr.isatty()
+def kv_pages(settings: WorkerSettings, arch: Architecture, page_bytes: int, free_bytes: int) -> int:
+    """Pages of keys and values: what the setting says, or as many as all running requests may want, but no more than a
+    quarter of the memory that is free beside the weights.
+    """
+    if settings.kv_capacity_mib:
+        return max(1, (settings.kv_capacity_mib << 20) // page_bytes)
+    tokens = max(AUTOMATIC_TOKENS * settings.max_running, arch.max_position_embeddings)
+    wanted = -(-tokens // native.PAGE_TOKENS)
+    return max(min(wanted, free_bytes // 4 // page_bytes), LEAST_PAGES)
 
-    def show(done: int, total: int) -> None:
-        nonlocal last
+
+def _free_bytes() -> int:
+    """Memory that may be taken without swapping, within the control group's limit. Where it cannot be known: 4 GiB."""
+    free = 4 << 30
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdigit():
+            free = min(free, max(0, int(limit) - int((group / "memory.current").read_text())))
+    except (OSError, ValueError, StopIteration):
+        pass
+    return free
+
+
+class Reporter:
+    """Tells how far a long piece of work is. Called from one thread with (done, total); 0 of 0 is waiting."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._on_terminal = sys.stderr.isatty()
+        self._began = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - began < 0.5 or (now - last < (0.1 if on_terminal else LOG_EVERY_S) and done < total):
+        took = now - self._began
+        pause = 0.1 if self._on_terminal else LOG_EVERY_S
+        if took < QUICK_S or (now - self._last < pause and done < total) or (total == 0 and now - self._last < pause):
             return
-        last = now
-        left = (now - began) * (total - done) / max(1, done)
-        text = f"packing weights {done >> 20} of {total >> 20} MiB, {left:.0f} s left"
-        if on_terminal:
-            filled = BAR_CELLS * done // total
-            end = "\n" if done == total else ""
-            print(f"\r[{'#' * filled}{'.' * (BAR_CELLS - filled)}] {text}   ", end=end, file=sys.stderr, flush=True)
+        self._last = now
+        if self._on_terminal:
+            self._draw(done, total, took)
         else:
-            print(text, file=sys.stderr, flush=True)
+            facts = {"doing": self._doing, "done": done, "total": total, "seconds": round(took, 1)}
+            log.info("progress", extra={"facts": facts})
 
-    return show
+    def _draw(self, done: int, total: int, took: float) -> None:
+        if total == 0:
+            print(f"\r{self._doing}: another process is at it, {took:.0f} s   ", end="", file=sys.stderr, flush=True)
+            return
+        left = took * (total - done) / max(1, done)
+        text = f"{self._doing} {done >> 20} of {total >> 20} MiB, {left:.0f} s left"
+        filled = BAR_CELLS * done // total
+        end = "\n" if done == total else ""
+        print(f"\r[{'#' * filled}{'.' * (BAR_CELLS - filled)}] {text}   ", end=end, file=sys.stderr, flush=True)

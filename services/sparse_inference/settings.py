@@ -36,7 +36,9 @@ class WorkerSettings(OipSettings):
     max_weights_mib: int = Field(65_536, ge=1, le=1 << 30, description="weight files that are read; larger: refused")
     max_running: int = Field(16, ge=1, le=1024, description="requests computed at once")
     max_waiting: int = Field(64, ge=0, le=65_536, description="requests queued; further ones are refused")
-    kv_capacity_mib: int = Field(384, ge=1, le=1 << 20, description="key-value pages, those of kept prefixes included")
+    kv_capacity_mib: int = Field(
+        0, ge=0, le=1 << 20, description="key-value pages, those of kept prefixes included; 0: by model and free memory"
+    )
     step_rows: int = Field(512, ge=16, le=8192, description="rows of one step at most")
     logit_rows: int = Field(64, ge=1, le=8192, description="rows of one step with logits: scoring and drafts")
     step_slowdown: float = Field(1.7, ge=1.0, le=100.0, description="a step with prefill against one that only decodes")
@@ -75,10 +77,6 @@ class WorkerSettings(OipSettings):
             max_draft=self.max_draft if self.speculation == "auto" else 0,
             publish_blocks=self.publish_blocks,
         )
-
-    @property
-    def kv_capacity_bytes(self) -> int:
-        return self.kv_capacity_mib << 20
 
     @property
     def constraint_limits(self) -> CompilerLimits:
