@@ -291,7 +291,8 @@ static void attend_some(const HeadShape& shape, const AttentionTile& t, const fl
     }
     d += 16 * ND;
   };
-  while (d + 32 <= size) mix(std::integral_constant<int, 2>{});
+  if constexpr (NQ <= kWideMix)
+    while (d + 32 <= size) mix(std::integral_constant<int, 2>{});
   while (d + 16 <= size) mix(std::integral_constant<int, 1>{});
   for (; d < size; ++d) {  // head sizes that are no multiple of 16: one dimension at a time, the same order
     AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) {
@@ -322,8 +323,9 @@ static void attend_kind(const HeadShape& shape, const AttentionTile& t, const Sc
   const float* q[kQueryTile];
   float* out[kQueryTile];
   int limits[kQueryTile];
-  for (int from = 0; from < queries; from += kQueryTile) {
-    const int n = queries - from < kQueryTile ? queries - from : kQueryTile;
+  const int tiles = (queries + kQueryTile - 1) / kQueryTile, even = (queries + tiles - 1) / tiles;
+  for (int from = 0; from < queries; from += even) {
+    const int n = queries - from < even ? queries - from : even;
     for (int j = 0; j < n; ++j) {
       const int r = (from + j) / group, h = (from + j) % group;
       q[j] = t.q + size_t(r) * size_t(t.q_stride) + size_t(h) * size_t(shape.size);
@@ -336,9 +338,9 @@ static void attend_kind(const HeadShape& shape, const AttentionTile& t, const Sc
       case 2: attend_some<2, kKind>(shape, t, q, out, limits, scratch.scores, pages); break;
       case 3: attend_some<3, kKind>(shape, t, q, out, limits, scratch.scores, pages); break;
       case 4: attend_some<4, kKind>(shape, t, q, out, limits, scratch.scores, pages); break;
-#if defined(AUTOGLM_PATH_AVX512) || defined(AUTOGLM_PATH_NEON)
       case 5: attend_some<5, kKind>(shape, t, q, out, limits, scratch.scores, pages); break;
       case 6: attend_some<6, kKind>(shape, t, q, out, limits, scratch.scores, pages); break;
+#if defined(AUTOGLM_PATH_AVX512) || defined(AUTOGLM_PATH_NEON)
       case 7: attend_some<7, kKind>(shape, t, q, out, limits, scratch.scores, pages); break;
       case 8: attend_some<8, kKind>(shape, t, q, out, limits, scratch.scores, pages); break;
 #endif

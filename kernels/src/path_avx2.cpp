@@ -11,7 +11,8 @@
 namespace autoglm {
 namespace avx2 {
 
-constexpr int kQueryTile = 4;
+constexpr int kQueryTile = 6;  // queries whose scores against a page are held in registers
+constexpr int kWideMix = 2;    // of so many queries, sums of 32 dimensions fit the registers, else of 16
 
 #include "simd.h"
 

@@ -16,7 +16,8 @@
 namespace autoglm {
 namespace AUTOGLM_NEON {
 
-constexpr int kQueryTile = 8;
+constexpr int kQueryTile = 8;  // queries whose scores against a page are held in registers
+constexpr int kWideMix = 2;    // of so many queries, sums of 32 dimensions fit the registers, else of 16
 
 #include "simd.h"
 
