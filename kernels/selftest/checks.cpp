@@ -78,7 +78,7 @@ void check_products(Judge& judge, const Kernels* kernels, const Kernels* referen
       {Kind::int4, 64, "int4-64"}, {Kind::int4, 128, "int4-128"}, {Kind::bf16, 128, "bf16"}};
   const Layout layouts[] = {Layout::panels, Layout::rows, Layout::columns};
   const char* layout_names[] = {"panels", "rows", "columns"};
-  std::vector<int> counts = {1, 2, 3, 5, 8, 11, 17, 35};
+  std::vector<int> counts = {1, 2, 3, 5, 8, 11, 17, 35, 51};  // up to three AMX tiles of tokens and a rest
   if (!quick) counts = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 16, 17, 19, 20, 21, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 97, 127};
   for (const auto& kind : kinds)
     for (int l = 0; l < 3; ++l)
