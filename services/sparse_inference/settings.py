@@ -49,6 +49,9 @@ class WorkerSettings(OipSettings):
     constraints_waiting: int = Field(16, ge=0, le=1024, description="constraints waiting to be prepared; more: refused")
     constraints_kept: int = Field(64, ge=1, le=4096, description="prepared constraints that are remembered")
     constraint_symbols: int = Field(50_000, ge=100, le=10_000_000, description="size of a prepared constraint")
+    stream_interval_ms: int = Field(
+        30, ge=0, le=1000, description="tokens that come sooner share a message; 0: none do"
+    )
     publish_blocks: int = Field(1, ge=1, le=1024, description="new key-value blocks copied out after a step at most")
     cache_budget_ms: int = Field(300, ge=0, le=60_000, description="longest wait for cached blocks; then recompute")
     publish_queue: int = Field(1024, ge=1, le=65_536, description="blocks waiting to be stored in the cache service")

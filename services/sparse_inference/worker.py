@@ -52,7 +52,9 @@ class Worker:
         self._ends = frozenset(variant.architecture.end_token_ids)
         self._arriving = 0
         self._heard: list[tuple[asyncio.Queue[Event], Event]] = []
-        """Events of the turn under way; belongs to the step thread."""
+        """Events that were not handed over yet; like the two below it belongs to the step thread."""
+        self._is_urgent = False
+        self._handed_over = 0.0
         self._loop = Loop(executor, settings.limits, pages, after_turn=self._hand_over)
         self.draining = False
 
@@ -117,8 +119,13 @@ class Worker:
             self._arriving -= 1
         queue: asyncio.Queue[Event] = asyncio.Queue()  # bounded by max_tokens: one event per token at most
 
+        has_begun = False
+
         def listen(event: Event) -> None:
+            nonlocal has_begun
             self._heard.append((queue, event))
+            if not (has_begun and isinstance(event, Tokens)):
+                self._is_urgent = has_begun = True
 
         def publish(name: bytes, payload: Callable[[], bytes]) -> None:
             if not self._prefixes.has_room:
@@ -169,9 +176,17 @@ class Worker:
             raise InvalidRequest(str(error), field=constraint.kind) from None
 
     def _hand_over(self) -> None:
-        """On the step thread, after a turn: one crossing to the event loop for all that was heard in it."""
-        if self._heard:
+        """On the step thread, after a turn: one crossing to the event loop for all that was heard.
+
+        Steps of a small model are quicker than messages. So tokens that follow soon after others wait for the next
+        turn and share a message; first tokens and ends never wait, and the last turn of all has an end.
+        """
+        if not self._heard:
+            return
+        now = time.monotonic()
+        if self._is_urgent or now - self._handed_over >= self.settings.stream_interval_ms / 1000:
             heard, self._heard = self._heard, []
+            self._is_urgent, self._handed_over = False, now
             with contextlib.suppress(RuntimeError):  # the event loop has ended; so has everyone who waits
                 self._events.call_soon_threadsafe(_deliver, heard)
 

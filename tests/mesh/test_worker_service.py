@@ -82,6 +82,17 @@ async def test_a_generation_streams_and_finishes(stub: rpc.SparseInferenceServic
     assert all(entry.top[0].token_id == entry.chosen.token_id and len(entry.top) == 3 for entry in scores)
 
 
+async def test_tokens_that_come_quickly_share_a_message() -> None:
+    """Only the first token and the end never wait: quick steps cost the way to the caller fewer messages."""
+    with running(
+        "services.sparse_inference", AUTOGLM_MESH_ADDRESS="127.0.0.1:1", AUTOGLM_STREAM_INTERVAL_MS="1000"
+    ) as service:
+        async with grpc.aio.insecure_channel(service.address) as channel:
+            call = rpc.SparseInferenceServiceStub(channel).Generate(ask(max_tokens=100))
+            sizes = [len(message.chunk.token_ids) async for message in call if message.HasField("chunk")]
+    assert sum(sizes) == 100 and len(sizes) <= 50 and sizes[0] < max(sizes)
+
+
 async def test_company_changes_nothing(stub: rpc.SparseInferenceServiceStub) -> None:
     """Seeded streams computed together equal the same streams computed alone."""
 
