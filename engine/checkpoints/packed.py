@@ -121,14 +121,11 @@ def pack(checkpoint: Checkpoint, plan: Plan, path: Path, threads: int, progress:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_unfinished(path))
     try:
         os.posix_fallocate(handle, 0, total)
-        with mmap.mmap(handle, total) as memory:
-            memory[: len(header)] = header
-            whole = np.frombuffer(memory, np.uint8)
-            try:
-                _fill(checkpoint, entries, whole[base:], threads, progress)
-            finally:
-                del whole
-            memory.flush()
+        # Not closed by hand: an error's frames may still hold pieces of it, and closing would hide that error.
+        memory = mmap.mmap(handle, total)
+        memory[: len(header)] = header
+        _fill(checkpoint, entries, np.frombuffer(memory, np.uint8)[base:], threads, progress)
+        memory.flush()
         os.chmod(name, 0o644)
         os.rename(name, path)
     except BaseException:

@@ -147,6 +147,35 @@ async def test_a_process_that_is_never_ready_is_ended_in_time(tmp_path: Path) ->
         await watched.supervisor.stop()
 
 
+async def test_a_long_start_lives_while_it_tells_progress(tmp_path: Path) -> None:
+    """Every new progress line begins the start timeout anew, is shown, and is forgotten when the process is ready."""
+    tell = "print(json.dumps({'message': 'progress', 'doing': 'packing', 'done': n, 'total': 9}), flush=True)"
+    code = f"import json,time\nfor n in range(10): {tell}; time.sleep(0.4)\n" + READY + "time.sleep(60)"
+    seen: list[object] = []
+    patience = Patience(start_timeout_s=3.0, start_attempts=1, grace_s=0.2)
+    watched = Watched([program(tmp_path, "packer", code)], patience)
+    watched.supervisor.start()
+    try:
+        await watched.until(lambda: seen.append(watched["packer"].progress) or watched["packer"].was_ready.is_set())
+        assert any(isinstance(each, dict) and each.get("done", 0) > 5 for each in seen)
+        assert watched["packer"].progress == {}
+    finally:
+        await watched.supervisor.stop()
+
+
+async def test_what_is_told_nonsense_is_not_tried_again(tmp_path: Path) -> None:
+    """Exit status 2 before the first ready: the reason is shown at once, not after further attempts."""
+    patience = Patience(start_timeout_s=10, start_attempts=100, backoff_first_s=10, backoff_cap_s=10)
+    watched = Watched([program(tmp_path, "wrong", "print('no such model'); raise SystemExit(2)")], patience)
+    watched.supervisor.start()
+    try:
+        with pytest.raises(StartFailed, match="no such model"):
+            await asyncio.wait_for(watched.supervisor.all_ready(), DEADLINE_S)
+        assert watched["wrong"].restarts == 0
+    finally:
+        await watched.supervisor.stop()
+
+
 async def test_stop_is_graceful_then_firm_and_may_be_called_twice(tmp_path: Path) -> None:
     """SIGTERM is ignored by this one, so SIGKILL follows after the grace; its child goes too."""
     stubborn = (

@@ -57,6 +57,18 @@ def test_replica_counts_can_be_overridden(tmp_path: Path) -> None:
     assert [item.name for item in topology.instances(loaded, range(9))] == ["cache", "worker-v1-0", "worker-canary-0"]
 
 
+def test_a_model_of_ones_own_has_its_own_replica_count(tmp_path: Path) -> None:
+    """`own_model_count` counts for such a model only, and an override by name still wins."""
+    path = write(tmp_path, GOOD.replace("count: 2,", "count: 2, own_model_count: 1,"))
+
+    def names(*arguments: object) -> list[str]:
+        return [item.name for item in topology.instances(topology.load(path, *arguments), range(9))]  # type: ignore[arg-type]
+
+    assert names() == ["cache", "worker-v1-0", "worker-v1-1"]
+    assert names("", True) == ["cache", "worker-v1-0"]
+    assert names("worker/v1=2", True) == ["cache", "worker-v1-0", "worker-v1-1"]
+
+
 @pytest.mark.parametrize("overrides", ["worker=1", "nobody/v1=1", "worker/v9=1", "worker/v1=-1", "worker/v1=99"])
 def test_wrong_overrides_are_named(tmp_path: Path, overrides: str) -> None:
     """A mistake in AUTOGLM_REPLICAS is quoted back."""
