@@ -32,6 +32,9 @@ LOG_EVERY_S = 1.0
 QUICK_S = 0.5
 """What takes no longer is not worth a word."""
 
+SKIPS_FROM = 64 << 20
+"""Feed-forward weights from which skipping is automatic: smaller ones stay in a cache, where finding the active neurons
+costs more than their bytes."""
 AUTOMATIC_TOKENS = 4096
 """Per running request, keys and values that an automatic capacity has room for."""
 LEAST_PAGES = 64
@@ -45,8 +48,7 @@ def arithmetic(settings: WorkerSettings) -> str:
     """Everything that decides the bits of the logits beside the checkpoint: part of the variant's digest."""
     if settings.executor == "reference":
         return "float32-reference"
-    skips = settings.neuron_skipping == "auto"
-    return f"native-1 precision={settings.precision} skipping={skips} kv={settings.kv_precision}"
+    return f"native-1 precision={settings.precision} skipping={settings.neuron_skipping} kv={settings.kv_precision}"
 
 
 def make(settings: WorkerSettings, variant: Variant) -> Served:
@@ -58,7 +60,7 @@ def make(settings: WorkerSettings, variant: Variant) -> Served:
         return reference.ReferenceExecutor(variant.checkpoint, pages, settings.limits.step_rows, limit)
     threads = settings.threads or len(os.sched_getaffinity(0))
     try:
-        plan = plan_for(settings.precision, arch, settings.neuron_skipping == "auto")
+        plan = plan_for(settings.precision, arch, _skips(settings, arch))
         device = kernels.Device(threads, settings.pin_threads, settings.isa)
     except ValueError as error:
         raise CannotRun(str(error)) from None
@@ -68,6 +70,14 @@ def make(settings: WorkerSettings, variant: Variant) -> Served:
     weights = pack_or_open(variant.checkpoint, plan, directory, threads, Reporter("packing weights"), resident)
     pages = kv_pages(settings, arch, native.page_bytes(arch, settings.kv_precision), max(0, free - weights.nbytes))
     return native.NativeExecutor(arch, plan, weights, device, pages, settings.limits.step_rows, settings.kv_precision)
+
+
+def _skips(settings: WorkerSettings, arch: Architecture) -> bool:
+    """By the model alone, never by the machine: the plan is part of what decides its tokens."""
+    if settings.neuron_skipping == "auto":
+        weights = 3 * arch.num_hidden_layers * arch.hidden_size * arch.intermediate_size
+        return weights >= SKIPS_FROM
+    return settings.neuron_skipping == "on"
 
 
 def kv_pages(settings: WorkerSettings, arch: Architecture, page_bytes: int, free_bytes: int) -> int:

@@ -24,7 +24,9 @@ class WorkerSettings(OipSettings):
     executor: Literal["native", "reference"] = Field("native", description="reference: slow float32, to compare with")
     precision: Literal["bf16", "int8", "int4", "int4-head4"] = Field("int8", description="number format of the weights")
     kv_precision: Literal["bf16", "int8"] = Field("bf16", description="number format of keys and values")
-    neuron_skipping: Literal["auto", "off"] = Field("auto", description="leave out inactive neurons of ReLU models")
+    neuron_skipping: Literal["auto", "on", "off"] = Field(
+        "auto", description="leave out inactive neurons of ReLU models; auto: of those larger than a cache"
+    )
     threads: int = Field(0, ge=0, le=1024, description="threads of the engine; 0: as many as CPUs may be used")
     pin_threads: bool = Field(False, description="tie each to a CPU; for machines that do nothing else")
     isa: str = Field("", max_length=16, description="portable, avx2, avx512, amx or neon; empty: the best there is")
