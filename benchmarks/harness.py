@@ -240,7 +240,12 @@ def report(name: str, bars: list[Bar], details: dict[str, Any], command: str = "
         "bars": [vars(bar) for bar in bars],
         **details,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's own."""
+    return value.item()
 
 
 def commit() -> str:
