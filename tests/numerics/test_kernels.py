@@ -54,6 +54,7 @@ def test_a_weight_moves_by_no_more_than_half_a_step(kind: str, layout: str, grou
 
 @pytest.mark.parametrize("layout", ["panels", "rows"])
 def test_bf16_weights_are_rounded_to_the_nearest(layout: str) -> None:
+    """bf16 weights are the nearest bf16 numbers."""
     w = weights_of(20, 50)
     got = packed("bf16", layout, 128, w).dequantise()
     bits = w.view(np.uint32)
@@ -62,6 +63,7 @@ def test_bf16_weights_are_rounded_to_the_nearest(layout: str) -> None:
 
 
 def test_all_layouts_hold_the_same_weights() -> None:
+    """Whichever layout a matrix is packed in, it holds the same weights."""
     w = weights_of(50, 130)
     for kind in ("int8", "int4"):
         first, *others = (packed(kind, layout, 32, w).dequantise() for layout in LAYOUTS)
@@ -101,6 +103,7 @@ def test_products_are_those_of_the_dequantised_weights(isa: str, kind: str, layo
 
 
 def test_an_instruction_set_is_used_when_named_and_refused_when_it_is_not_there() -> None:
+    """A named instruction set is used, an unknown or absent one refused by name."""
     names = kernels.available()
     assert "portable" in names
     for name in names:
@@ -117,6 +120,7 @@ def test_an_instruction_set_is_used_when_named_and_refused_when_it_is_not_there(
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    """Wrong shapes and names end in a ValueError that says what is wrong."""
     w = weights_of(16, 64)
     matrix = packed("int8", "panels", 32, w)
     with pytest.raises(ValueError, match="columns"):
@@ -207,6 +211,7 @@ def test_draws_are_distributed_as_asked(
 
 
 def test_the_best_token_wins_at_temperature_zero_and_ties_go_to_the_lower_id(sampler: kernels.Sampler) -> None:
+    """Temperature zero takes the best token, the lowest id on ties."""
     logits = np.array([1, 3, 2, 3, 3], np.float32)
     assert sampler.draw(logits, temperature=0.0) == 1
     assert sampler.draw(logits, top_k=1, uniform=0.99) == 1
@@ -224,6 +229,7 @@ def test_the_random_number_walks_through_the_tokens(sampler: kernels.Sampler) ->
 
 
 def test_only_allowed_tokens_are_drawn(sampler: kernels.Sampler) -> None:
+    """A mask leaves only the allowed tokens."""
     logits = np.random.default_rng(5).normal(0, 2, 70).astype(np.float32)
     allowed = {3, 31, 32, 69}
     mask = np.zeros(3, np.uint32)
@@ -299,6 +305,7 @@ def test_filters_over_a_large_vocabulary_keep_what_they_should(sampler: kernels.
 
 
 def test_logprobs_are_natural_logarithms_of_the_softmax(sampler: kernels.Sampler) -> None:
+    """Log-probabilities are those of the plain softmax."""
     logits = np.random.default_rng(9).normal(0, 3, 1000).astype(np.float32)
     exact = logits - float(logits.max()) - np.log(np.sum(np.exp(logits.astype(np.float64) - float(logits.max()))))
     chosen, top = sampler.logprobs(logits, 17, 5)
