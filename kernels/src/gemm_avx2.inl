@@ -102,7 +102,8 @@ static void panel_u8_tile(const uint8_t* data, const uint16_t* scales, int zero,
     _mm256_storeu_ps(out + size_t(r0 + t) * size_t(stride) + p * kPanel + 8 * h, _mm256_load_ps(&acc[t][p][8 * h]));
 }
 
-template <int T, int P>
+// The same for int4. `Spread`: nibbles were put into bytes of their own before, which pays when many tiles read them.
+template <int T, int P, bool Spread>
 static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Activations& a, int r0, float* out, int stride) {
   constexpr int H = 2;  // halves of a panel: eight outputs each
   const int groups = a.groups(), runs = a.group / 32;
@@ -121,14 +122,15 @@ static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Act
       AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
         AUTOGLM_UNROLL for (int h = 0; h < H; ++h) s[t][p][h] = _mm256_setzero_si256();
       const size_t ahead = ahead_of<P>(size_t(w - data), panel_bytes);
-      for (int i = 0; i < 4; ++i, w += 64) {
+      for (int i = 0; i < 4; ++i, w += Spread ? 128 : 64) {
         AUTOGLM_UNROLL for (int p = 0; p < P; ++p) {
-          _mm_prefetch((const char*)(w + size_t(p) * panel_bytes + ahead), _MM_HINT_T0);
           __m256i lo[H], hi[H];
+          if (!Spread) _mm_prefetch((const char*)(w + size_t(p) * panel_bytes + ahead), _MM_HINT_T0);
           AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
-            const __m256i b = _mm256_loadu_si256((const __m256i*)(w + size_t(p) * panel_bytes + 32 * h));
-            lo[h] = _mm256_and_si256(b, nibble);
-            hi[h] = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
+            const uint8_t* from = w + size_t(p) * panel_bytes + 32 * h;
+            const __m256i b = _mm256_loadu_si256((const __m256i*)from);
+            lo[h] = Spread ? b : _mm256_and_si256(b, nibble);
+            hi[h] = Spread ? _mm256_loadu_si256((const __m256i*)(from + 64)) : _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
           }
           AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
             const __m256i b0 = spread(q + size_t(t) * k + 8 * i), b1 = spread(q + size_t(t) * k + 8 * i + 4);
@@ -173,11 +175,11 @@ static inline void tiles_u8(const uint8_t* d, const uint16_t* s, int zero, const
     panel_u8_tile<T, together>(d + size_t(p) * size_t(a.k) * kPanel, s + size_t(p) * size_t(a.groups()) * kPanel, zero, a, r, out + p * kPanel, stride);
 }
 
-template <int T, int P>
+template <int T, int P, bool Spread>
 static inline void tiles_u4(const uint8_t* d, const uint16_t* s, const Activations& a, int r, float* out, int stride) {
   constexpr int together = T <= 2 && P > 1 ? 2 : 1;
   for (int p = 0; p < P; p += together)
-    panel_u4_tile<T, together>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride);
+    panel_u4_tile<T, together, Spread>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride);
 }
 
 #define AUTOGLM_TILES(call)                    \
@@ -199,9 +201,29 @@ static void multiply_u8(const uint8_t* data, const uint16_t* scales, int zero, c
 #undef AUTOGLM_CALL
 }
 
-static void multiply_u4(const uint8_t* data, const uint16_t* scales, const Activations& a, float* out, int stride, const Scratch&, int panels) {
+constexpr int kSpreadRows = 16;  // so many tokens share the work of spreading nibbles
+
+static void multiply_u4(const uint8_t* data, const uint16_t* scales, const Activations& a, float* out, int stride, const Scratch& scratch, int panels) {
+  if (a.rows >= kSpreadRows) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const size_t bytes = size_t(a.k) * kPanel / 2;
+    for (int p = 0; p < panels; ++p, data += bytes, scales += size_t(a.groups()) * kPanel, out += kPanel) {
+      uint8_t* to = scratch.panel;
+      for (size_t i = 0; i < bytes; i += 64, to += 128)
+        for (int h = 0; h < 2; ++h) {
+          _mm_prefetch((const char*)(data + i + kAhead), _MM_HINT_T0);
+          const __m256i b = _mm256_loadu_si256((const __m256i*)(data + i + 32 * h));
+          _mm256_storeu_si256((__m256i*)(to + 32 * h), _mm256_and_si256(b, nibble));
+          _mm256_storeu_si256((__m256i*)(to + 64 + 32 * h), _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble));
+        }
+#define AUTOGLM_CALL(T) tiles_u4<T, 1, true>(scratch.panel, scales, a, r, out, stride)
+      AUTOGLM_TILES(AUTOGLM_CALL)
+#undef AUTOGLM_CALL
+    }
+    return;
+  }
 #define AUTOGLM_CALL(T) \
-  (panels == 4 ? tiles_u4<T, 4>(data, scales, a, r, out, stride) : tiles_u4<T, 1>(data, scales, a, r, out, stride))
+  (panels == 4 ? tiles_u4<T, 4, false>(data, scales, a, r, out, stride) : tiles_u4<T, 1, false>(data, scales, a, r, out, stride))
   AUTOGLM_TILES(AUTOGLM_CALL)
 #undef AUTOGLM_CALL
 }
