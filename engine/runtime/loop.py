@@ -50,7 +50,7 @@ class Limits:
     """Rows of one step at most; the executor's own bound may be lower."""
     logit_rows: int = 64
     """Rows of one step whose logits are kept, beyond one for each decoding request: scoring and drafts."""
-    slowdown: float = 1.7
+    slowdown: float = 1.6
     """While someone decodes, a step with prefill may take this many times the step without it."""
     least_prefill_rows: int = 4
     """Rows of prefill that go in any case. Small, for where rows are dear these are what breaks the slowdown."""

@@ -43,7 +43,7 @@ class WorkerSettings(OipSettings):
     )
     step_rows: int = Field(512, ge=16, le=8192, description="rows of one step at most")
     logit_rows: int = Field(64, ge=1, le=8192, description="rows of one step with logits: scoring and drafts")
-    step_slowdown: float = Field(1.7, ge=1.0, le=100.0, description="a step with prefill against one that only decodes")
+    step_slowdown: float = Field(1.6, ge=1.0, le=100.0, description="a step with prefill against one that only decodes")
     speculation: Literal["off", "auto"] = Field("auto", description="guess tokens from the text so far while it pays")
     max_draft: int = Field(8, ge=1, le=64, description="guessed tokens per request and step at most")
     constraint_ms: int = Field(2000, ge=1, le=60_000, description="longest time to prepare an answer's constraint")
