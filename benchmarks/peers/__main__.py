@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.peers import plot, summary, table, wall
-from benchmarks.peers.child import Child, Failed, NotMeasured
+from benchmarks.peers.child import Child, Failed
 from benchmarks.peers.contestants import Contestant, contestants
 from benchmarks.peers.environments import REPOSITORY, Environments, Unavailable
 from benchmarks.peers.interleave import Block, Entrant, Work, measure, tune
@@ -101,7 +101,7 @@ def compare(shape: Shape, environments: Environments, settings: Settings, walls:
         for contestant in taking_part:
             try:
                 entrant, known = _enter(contestant, shape, environments, settings, plan, stack)
-            except (Unavailable, Failed, NotMeasured) as error:
+            except (Unavailable, Failed) as error:
                 reasons[contestant.name] = str(error)
                 print(f"{shape.name} {contestant.name}: not measured: {error}", flush=True)
                 continue
@@ -125,7 +125,7 @@ def compare(shape: Shape, environments: Environments, settings: Settings, walls:
         for entrant in entrants:
             try:
                 facts[entrant.name] |= entrant.child.ask(op="memory")
-            except (Failed, NotMeasured) as error:
+            except Failed as error:
                 facts[entrant.name]["peak_rss_bytes"] = f"not measured: {error}"
     return {
         "shape": asdict(shape),
@@ -151,7 +151,7 @@ def _enter(
     plan: list[Work],
     stack: ExitStack,
 ) -> tuple[Entrant, dict[str, Any]]:
-    """Starts, loads and tunes one contestant. Raises Unavailable, Failed or NotMeasured."""
+    """Starts, loads and tunes one contestant. Raises Unavailable or Failed."""
     model = contestant.model(environments, shape)
     python = Path(sys.executable) if contestant.is_ours else environments.python(contestant.peer)
     log = environments.folder / f"logs/{contestant.peer}-{shape.name}.log"

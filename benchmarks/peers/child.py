@@ -23,10 +23,6 @@ class Failed(Exception):
     """The process died, hung or answered with an error; the text is for the result."""
 
 
-class NotMeasured(Exception):
-    """The process says that it cannot do this; the text is the reason."""
-
-
 class Child:
     """Starts `python -m benchmarks.peers.<module>` at once, frozen between questions."""
 
@@ -50,7 +46,7 @@ class Child:
         return self._process.pid
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to one request. Raises Failed or NotMeasured."""
+        """The answer to one request. Raises Failed."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
         try:
@@ -61,8 +57,6 @@ class Child:
             raise Failed(f"the process is gone ({error}); see {self._log}") from error
         finally:
             self._signal(signal.SIGSTOP)
-        if "not_measured" in answer:
-            raise NotMeasured(answer["not_measured"])
         if "error" in answer:
             raise Failed(answer["error"])
         return answer

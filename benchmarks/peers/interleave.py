@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.child import Child, Failed, NotMeasured
+from benchmarks.peers.child import Child, Failed
 
 STAT = Path("/proc/stat")
 
@@ -67,7 +67,7 @@ class Entrant:
 def tune(
     child: Child, works: list[Work], candidates: dict[str, tuple[dict[str, Any], ...]], repeats: int
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The best candidate of each work and the log of all that was tried. Raises Failed or NotMeasured."""
+    """The best candidate of each work and the log of all that was tried. Raises Failed."""
     best: dict[str, dict[str, Any]] = {}
     log: list[dict[str, Any]] = []
     for work in works:
@@ -106,7 +106,7 @@ def measure(
             try:
                 answer = entrant.child.ask(**work.request(), options=entrant.options.get(work.name, {}))
                 block.figures[entrant.name] = work.figure(answer)
-            except (Failed, NotMeasured) as error:
+            except Failed as error:
                 failures[f"{entrant.name}, {work.name}"] = str(error)
                 running.remove(entrant)
         block.steal_share = _steal_share(before, _processor_time())

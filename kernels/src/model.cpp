@@ -284,7 +284,9 @@ void Model::multiply(const Matrix& w, int task, int width, const Activations& a,
   else for (int p = 0; p < panels; ++p) k_->rows_panel(w, task * kTask / kPanel + p, a, out + p * kPanel, kTask, scratch);
 }
 
-void Model::gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, float* out, int stride) {
+// out[r][n] = act(gate) * up. `gates` are the gate's products where they are known already, else null.
+void Model::gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, const float* gates,
+                            float* out, int stride) {
   const int tasks = (layer.gate.padded_n() + kTask - 1) / kTask;
   const int block = token_block(layer.gate, a);
   float* got = local.scratch.out;
@@ -292,14 +294,14 @@ void Model::gate_up_product(std::atomic<int>& counter, const Layer& layer, const
     for (int r0 = 0; r0 < a.rows; r0 += block) {
       const Activations rows = part(a, r0, std::min(block, a.rows - r0));
       // All gates of the chunk, then all ups: each is one long stretch of memory.
-      for (int pass = 0; pass < 2; ++pass)
+      for (int pass = gates ? 1 : 0; pass < 2; ++pass)
         for (int task = from; task < to; ++task) {
           const int width = std::min(kTask, layer.gate.padded_n() - task * kTask);
           multiply(pass == 0 ? layer.gate : layer.up, task, width, rows, got, local.scratch);
           for (int r = 0; r < rows.rows; ++r) {
-            float* to_row = out + size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
-            if (pass == 0) std::memcpy(to_row, got + r * kTask, size_t(width) * 4);
-            else k_->gate_up(shape_.act, shape_.threshold, to_row, got + r * kTask, to_row, width);
+            const size_t at = size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
+            if (pass == 0) std::memcpy(out + at, got + r * kTask, size_t(width) * 4);
+            else k_->gate_up(shape_.act, shape_.threshold, (gates ? gates : out) + at, got + r * kTask, out + at, width);
           }
         }
     }
@@ -407,21 +409,22 @@ void Model::run(int thread) {
     const Activations n = prepared(thread, local, w.h.get(), w.hidden, rows, layer.post_norm, layer.gate);
     to = layer.post_mlp_norm ? w.tmp.get() : w.h.get();
     bool skipped = false;
+    const float* gates = nullptr;
     if (layer.up.layout == Layout::rows && rows <= kSparseRows) {
       product(counters[3], layer.gate, n, local, nullptr, w.gates.get(), w.inner, false);
+      gates = w.gates.get();
       sync(thread, Phase::gate_up);
       const float edge = shape_.act == Act::relu ? shape_.threshold : 0.0f;
       int count = 0;
       const int group = layer.down.group;
       for (int from = 0; from < shape_.intermediate; from += group) {
         local.starts[size_t(from / group)] = count;
-        const float* gates = w.gates.get() + from;
-        const int n = std::min(group, shape_.intermediate - from);
+        const int width = std::min(group, shape_.intermediate - from);
         float top[128];
-        std::memcpy(top, gates, size_t(n) * 4);
+        std::memcpy(top, gates + from, size_t(width) * 4);
         for (int r = 1; r < rows; ++r)
-          for (int i = 0; i < n; ++i) top[i] = std::max(top[i], gates[size_t(r) * size_t(w.inner) + size_t(i)]);
-        for (int i = 0; i < n; ++i) {
+          for (int i = 0; i < width; ++i) top[i] = std::max(top[i], gates[size_t(r) * size_t(w.inner) + size_t(from + i)]);
+        for (int i = 0; i < width; ++i) {
           local.active[size_t(count)] = from + i;
           count += top[i] > edge;
         }
@@ -441,7 +444,7 @@ void Model::run(int thread) {
         if (stop > from) k_->rows_listed(layer.up, list, stop - from, n, got, w.inner);
         for (int r = 0; r < rows; ++r)
           for (int i = 0; i < stop - from; ++i) {
-            const float g = w.gates[size_t(r) * size_t(w.inner) + size_t(list[i])];
+            const float g = gates[size_t(r) * size_t(w.inner) + size_t(list[i])];
             const float a = g > edge ? (shape_.act == Act::relu2 ? g * g : g) : 0.0f;
             w.act[size_t(r) * size_t(w.inner) + size_t(list[i])] = a * got[size_t(r) * size_t(w.inner) + size_t(i)];
           }
@@ -457,7 +460,7 @@ void Model::run(int thread) {
       }
     }
     if (!skipped) {
-      gate_up_product(counters[4], layer, n, local, w.act.get(), w.inner);
+      gate_up_product(counters[4], layer, n, local, gates, w.act.get(), w.inner);
       sync(thread, Phase::gate_up);
       const Activations d = prepared(thread, local, w.act.get(), w.inner, rows, nullptr, layer.down);
       product(counters[5], layer.down, d, local, nullptr, to, w.hidden, !layer.post_mlp_norm);

@@ -81,7 +81,8 @@ class Model {
                float* out, int stride, bool adds);
   void multiply(const Matrix& w, int task, int width, const Activations& a, float* out, const Scratch& scratch);
   int chunk_of(int tasks, int rows) const;
-  void gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, float* out, int stride);
+  void gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, const float* gates,
+                       float* out, int stride);
   Activations prepared(int thread, Local& local, const float* x, int stride, int rows, const float* norm, const Matrix& w);
   void sync(int thread, Phase phase);
 
