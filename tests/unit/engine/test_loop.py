@@ -240,7 +240,7 @@ def test_streams_keep_their_pace_while_long_prompts_arrive(started: list[Loop]) 
     quiet = len(executor.steps)
     for n in range(3):
         assert ask(loop, [n + 20] * 2048, 2)[0].all()[0] == expected([n + 20] * 2048, 2)
-    busy = executor.steps[quiet : len(executor.steps)]
+    busy = [rows for rows in executor.steps[quiet : len(executor.steps)] if rows > 9]  # not those between two prompts
     for _, running in streams:
         loop.cancel(running)
     assert max(map(seconds, busy)) <= 2 * seconds(8)
