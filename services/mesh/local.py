@@ -24,6 +24,8 @@ from services.mesh import envoy, model, ports, topology
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
 from services.mesh.identity import Authority, Identities, Issued, Terms, Unusable
+from services.mesh.issuer import JWKS_URI, Issuer
+from services.mesh.keys import Keys
 from services.mesh.process import Patience, Phase, Process, Program
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory, write_atomically
@@ -70,6 +72,8 @@ class LocalMesh:
             self._ports[ENVOY] = {
                 name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:2]
             }
+            issuer_dir = settings.issuer_dir or self.directory.issuer
+            self.keys = Keys({JWKS_URI: lambda: Issuer.open(issuer_dir).jwks})
             self.admin = Admin(LOOPBACK, settings.admin_port)
             self.control = Control(
                 settings.policy_dir,
@@ -78,6 +82,7 @@ class LocalMesh:
                 self.registry,
                 Pace(settings.watch_ms / 1000, settings.accept_timeout_s),
                 self._changed,
+                self.keys,
             )
             self.supervisor = Supervisor(self._programs(), self._patience(), self._process_changed)
         except (TopologyError, EnvoyMissing, Unusable, OSError) as error:
@@ -104,7 +109,13 @@ class LocalMesh:
             await self.control.prepare()
             self.supervisor.start()
             beside = [
-                asyncio.create_task(run) for run in (self._control(), self._rotate_access_log(), self.identities.run())
+                asyncio.create_task(run)
+                for run in (
+                    self._control(),
+                    self._rotate_access_log(),
+                    self.identities.run(),
+                    self.keys.keep(self.control.keys_changed),
+                )
             ]
             await self._until_up()
             await self._stopping.wait()

@@ -21,6 +21,7 @@ from services.mesh.policy import PolicyObject, load
 from services.mesh.policy.base import Strict
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.virtual_service import VirtualService
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,9 @@ MODELS: tuple[type[PolicyObject], ...] = (
     InferencePool,
     Gateway,
     Telemetry,
+    PeerAuthentication,
+    AuthorizationPolicy,
+    RequestAuthentication,
 )
 NOT_YET_IN_1_30 = {"zoneAwareLbSetting", "outlierDetectionHttpErrorCodes"}
 HIDDEN_FROM_SCHEMA = {"percent", "exponentialDelay", "http2Error"}
@@ -127,7 +131,7 @@ def mistakes(document: dict[str, Any]) -> list[str]:
 
 def documents() -> list[tuple[str, dict[str, Any]]]:
     """Every manifest under istio/, and the sample that uses each supported field."""
-    paths = [*sorted((ROOT / "istio").rglob("*.yaml")), EVERYTHING / "policy.yaml"]
+    paths = [*sorted((ROOT / "istio").rglob("*.yaml")), *sorted(EVERYTHING.glob("*.yaml"))]
     return [
         (f"{path.relative_to(ROOT)}#{document['kind']}/{document['metadata']['name']}", document)
         for path in paths
@@ -218,4 +222,5 @@ def test_every_field_istio_has_is_either_supported_or_refused_by_name(model: typ
 def test_the_base_manifests_say_what_they_mean_to_the_local_control_plane_too() -> None:
     """One set of files, two readers: what a cluster admits here, the local control plane loads."""
     kinds = {item.kind for item in load(ROOT / "istio" / "base")}
-    assert kinds == {"VirtualService", "DestinationRule", "InferencePool", "Gateway", "Telemetry"}
+    traffic = {"VirtualService", "DestinationRule", "InferencePool", "Gateway", "Telemetry"}
+    assert kinds == traffic | {"PeerAuthentication", "AuthorizationPolicy"}

@@ -72,7 +72,7 @@ def outbound_listeners(views: Iterable[View], node: NodeSettings) -> list[Json]:
 
 def ingress_listener(policy: Policy, view: View, node: NodeSettings) -> Json:
     """The door."""
-    filters = [*access_filters(policy, ingress_workload(node)), *_FILTERS]
+    filters = [*access_filters(policy, ingress_workload(node), chooses_routes=True), *_FILTERS]
     manager = connection_manager(view.name, "envoy-ingress", filters, view.world, node)
     manager |= {
         "use_remote_address": True,
