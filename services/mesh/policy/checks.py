@@ -7,10 +7,12 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 
 from services.mesh.policy import suspicions
+from services.mesh.policy.access_doubts import doubts
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key_of, qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.policy.problems import Problem
+from services.mesh.policy.security import SecurityObject
 from services.mesh.policy.suspicions import Finding
 from services.mesh.policy.virtual_service import MESH, Destination, Route, VirtualService
 from services.mesh.registry import Registry, Service
@@ -84,6 +86,13 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
         add(entry, _service_entry(entry, policy, registry))
     for gateway in policy.gateways:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
+    secured: tuple[SecurityObject, ...] = (
+        *policy.peer_authentications,
+        *policy.authorization_policies,
+        *policy.request_authentications,
+    )
+    for access in secured:
+        add(access, doubts(access, policy, registry), is_warning=True)
     for singles in (policy.gateways, policy.telemetries):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
