@@ -24,11 +24,11 @@ def edge_filters(policy: Policy, node: NodeSettings) -> list[Json]:
     gRPC-Web wraps them, and so leaves both kinds of gRPC alone.
     """
     filters: list[Json] = []
-    gateways = [gateway for gateway in policy.gateways if gateway.spec.servers[0].port.protocol == "GRPC-WEB"]
+    gateways = [gateway for gateway in policy.doors if gateway.spec.servers[0].port.protocol == "GRPC-WEB"]
     if gateways:
         filters.append({"name": GRPC_WEB, "typed_config": {"@type": _HTTP + "grpc_web.v3.GrpcWeb"}})
     for item in policy.envoy_filters:
-        if any(_is_for(item, dict(gateway.spec.selector)) for gateway in policy.gateways):
+        if any(_is_for(item, dict(gateway.spec.selector)) for gateway in policy.doors):
             filters += [
                 patch.patch.value.model_dump(mode="json", by_alias=True, exclude_none=True)
                 for patch in item.spec.config_patches
