@@ -12,7 +12,6 @@ from rich.console import Console
 
 from services.chassis.settings import read
 from services.mesh import topology
-
 from services.mesh.registry import Registry
 from services.mesh.settings import MeshSettings
 from services.mesh.topology import TopologyError
