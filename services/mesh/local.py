@@ -19,12 +19,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from services.mesh import envoy, model, ports, topology
+from services.mesh.clouds.federation import Federation
+from services.mesh.clouds.neighbours import Pace as FederationPace
+from services.mesh.clouds.neighbours import Place, offer, placed
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
 from services.mesh.process import Patience, Phase, Process, Program
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory, write_atomically
-from services.mesh.settings import FIXED_PORTS, MeshSettings
+from services.mesh.settings import FIXED_PORTS, MeshSettings, addresses
 from services.mesh.state import Addresses, MeshState, ProcessState, Progress
 from services.mesh.supervise import StartFailed, Supervisor
 from services.mesh.topology import Instance, TopologyError
@@ -71,7 +74,8 @@ class LocalMesh:
                 self._changed,
             )
             self.supervisor = Supervisor(self._programs(), self._patience(), self._process_changed)
-        except (TopologyError, EnvoyMissing, OSError) as error:
+            self.federation = self._federation()
+        except (TopologyError, EnvoyMissing, OSError, ValueError) as error:
             raise CannotStart(str(error)) from None
         self._phase = "starting"
         self._reason = ""
@@ -93,6 +97,8 @@ class LocalMesh:
             await self.control.prepare()
             self.supervisor.start()
             beside = [asyncio.create_task(self._control()), asyncio.create_task(self._rotate_access_log())]
+            if self.federation is not None:
+                beside.append(asyncio.create_task(self.federation.run()))
             await self._until_up()
             await self._stopping.wait()
             self._enter("stopping")
@@ -109,9 +115,35 @@ class LocalMesh:
         return 1 if self._phase == "failed" else 0
 
     def registry(self) -> Registry:
-        """The services with the instances that are ready now."""
+        """The services with the instances that are ready now, here and in the other clouds."""
+        return self._own() if self.federation is None else self.federation.joined(self._own())
+
+    def _own(self) -> Registry:
         ready = [item for name, item in self.instances.items() if self._is_ready(name)]
-        return topology.registry(self.topology, self.settings.namespace, self.settings.bind, ready)
+        own = topology.registry(self.topology, self.settings.namespace, self.settings.bind, ready)
+        return placed(own, self.place) if self.settings.cloud else own
+
+    def _federation(self) -> Federation | None:
+        settings = self.settings
+        if not settings.cloud:
+            return None
+        pace = FederationPace(
+            settings.federation_heartbeat_ms / 1e3, settings.federation_stale_ms / 1e3, settings.federation_ramp_s
+        )
+        kept = frozenset(name for name, spec in self.topology.services.items() if spec.cluster_local)
+        return Federation(
+            settings.bind,
+            settings.federation_port,
+            addresses(settings.peers, "AUTOGLM_PEERS"),
+            pace,
+            lambda: offer(self._own(), settings.cloud, kept),
+            self.control.endpoints_changed,
+        )
+
+    @property
+    def place(self) -> Place:
+        """Where this mesh is among the clouds."""
+        return Place(self.settings.cloud, self.settings.locality)
 
     async def _until_up(self) -> None:
         up = asyncio.create_task(self._all_up())
@@ -145,6 +177,8 @@ class LocalMesh:
         if ready != self._endpoints:
             self._endpoints = ready
             self.control.endpoints_changed()
+            if self.federation is not None:
+                self.federation.offer_changed()
         self._changed()
 
     def _changed(self) -> None:
@@ -215,6 +249,8 @@ class LocalMesh:
             outbound_port=settings.outbound_port,
             admin_port=settings.admin_port,
             otlp_endpoint=f"{settings.bind}:{settings.otlp_port}",
+            locality=settings.locality,
+            labels=self.place.labels,
             # A laptop shows a change at once; production keeps Istio's second.
             update_merge_window_s=0.0,
         )
@@ -271,12 +307,13 @@ class LocalMesh:
         return {**os.environ, **extra, **fixed, **given}
 
     def _service_environment(self, item: Instance) -> dict[str, str]:
-        labels = ",".join(f"{key}={value}" for key, value in item.labels.items() if key != "app")
+        known = {**item.labels, **(self.place.labels if self.settings.cloud else {})}
+        labels = ",".join(f"{key}={value}" for key, value in known.items() if key != "app")
         extra = {"AUTOGLM_OTLP_ENDPOINT": f"{self.settings.bind}:{self.settings.otlp_port}", **self._placed(item)}
         if labels:
             extra["AUTOGLM_LABELS"] = labels
-        if item.locality:
-            extra["AUTOGLM_LOCALITY"] = item.locality
+        if locality := item.locality or self.settings.locality:
+            extra["AUTOGLM_LOCALITY"] = locality
         return self._environment(item.name, extra)
 
     def _placed(self, item: Instance) -> dict[str, str]:
