@@ -62,8 +62,8 @@ def load_assignment(name: str, members: tuple[Member, ...], traffic: TrafficPoli
 
 
 def is_remote(endpoint: Endpoint, node: NodeSettings) -> bool:
-    """Whether the way leads through a gateway."""
-    return endpoint.network not in ("", node.network)
+    """Whether the way leads through a gateway. A proxy that names no network of its own reaches everything directly."""
+    return node.network != "" and endpoint.network not in ("", node.network)
 
 
 def _reachable(members: tuple[Member, ...], node: NodeSettings) -> dict[tuple[str, int], int]:
