@@ -44,6 +44,7 @@ class OfferedEndpoint(_Strict):
     port: int = Field(ge=1, le=65535)
     labels: dict[Text, Text] = Field(default_factory=dict, max_length=32)
     locality: Text = ""
+    has_sidecar: bool = False
 
 
 class Offer(_Strict):
@@ -94,7 +95,13 @@ def offer(registry: Registry, cloud: str, kept: frozenset[str]) -> Offer:
     services = {
         service.name: {
             port: [
-                OfferedEndpoint(address=e.address, port=e.port, labels=dict(e.labels), locality=e.locality)
+                OfferedEndpoint(
+                    address=e.address,
+                    port=e.port,
+                    labels=dict(e.labels),
+                    locality=e.locality,
+                    has_sidecar=e.has_sidecar,
+                )
                 for e in found
             ]
             for port, found in service.endpoints.items()
@@ -182,7 +189,15 @@ class Neighbours:
                 part = ramps.get((name, service.name), 1.0)
                 for port in service.ports:
                     found = tuple(
-                        Endpoint(e.address, e.port, {**e.labels, CLUSTER_LABEL: name}, e.locality, name, part)
+                        Endpoint(
+                            e.address,
+                            e.port,
+                            {**e.labels, CLUSTER_LABEL: name},
+                            e.locality,
+                            network=name,
+                            ramp=part,
+                            has_sidecar=e.has_sidecar,
+                        )
                         for e in theirs.get(port.name, ())
                     )
                     endpoints[port.name] = (*endpoints.get(port.name, ()), *found)

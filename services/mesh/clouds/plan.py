@@ -15,7 +15,7 @@ from services.mesh.clouds.neighbours import Name
 from services.mesh.clouds.wan import Distance, Way
 
 MAX_FILE_BYTES = 64 * 1024
-PORTS = {"ingress": 8080, "outbound": 15001, "admin": 15000, "otlp": 4317, "eastwest": 15443, "federation": 15012}
+PORTS = {"ingress": 8080, "admin": 15000, "otlp": 4317, "eastwest": 15443, "federation": 15012}
 """What each cloud listens on where it has an address space of its own."""
 BETWEEN = ("eastwest", "federation")
 """The ports that the other clouds may reach, each over a way of its own."""
@@ -95,6 +95,7 @@ class Plan:
             "AUTOGLM_POLICY_DIR": str(cloud.policy),
             "AUTOGLM_BIND": cloud.address,
             "AUTOGLM_CLOUD": cloud.name,
+            "AUTOGLM_CA_DIR": str(cloud.run_dir.parent / "authority"),
             "AUTOGLM_LOCALITY": cloud.locality,
             "AUTOGLM_PEERS": others("federation"),
             "AUTOGLM_EASTWEST_GATEWAYS": others("eastwest"),

@@ -53,6 +53,8 @@ def show(current: CloudsState, console: Console) -> None:
         mesh = cloud.mesh
         where = (mesh.addresses.ingress, mesh.addresses.admin, mesh.addresses.traces) if mesh is not None else ("",) * 3
         phase = mesh.phase if mesh is not None else cloud.phase
+        if current.network == "namespaces" and mesh is not None:  # it listens on the loopback of its own namespace
+            where = (where[0], "", where[2])
         table.add_row(
             cloud.name, cloud.locality, phase, *(f"http://{at}" if at else "-" for at in where), _policy(cloud)
         )
