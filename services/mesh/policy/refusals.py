@@ -10,7 +10,7 @@ from services.mesh.policy.base import ISTIO_VERSION, Strict
 
 _UNSUPPORTED = f"not supported by the local control plane (Istio {ISTIO_VERSION} has it)"
 GATEWAY_API = "gateway.networking.k8s.io/"
-_ISTIO_KINDS = frozenset(
+ISTIO_KINDS = frozenset(
     {
         "AuthorizationPolicy",
         "PeerAuthentication",
@@ -47,7 +47,7 @@ def unsupported_kind(kind: object, known: tuple[str, ...], api_version: object =
             "the local control plane does not serve the Gateway API; it takes Gateway and VirtualService of "
             "networking.istio.io (`python -m services.mesh check` checks both)"
         )
-    if isinstance(kind, str) and kind in _ISTIO_KINDS:
+    if isinstance(kind, str) and kind in ISTIO_KINDS:
         return _UNSUPPORTED
     return f"unknown kind {short(kind)}; supported are {', '.join(known)}"
 

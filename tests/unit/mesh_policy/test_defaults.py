@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from services.mesh.policy import Policy, load
+from services.mesh.policy.destination_rule import ClientTls
 from services.mesh.registry import Endpoint, Registry, Service, ServicePort
 from services.mesh.translate import NodeSettings, translate
+from services.mesh.translate.tls import client_side
 
 GRPC = ServicePort("grpc", 50051, "grpc")
 REST = ServicePort("http", 8000, "http")
@@ -631,3 +633,18 @@ def test_unset_fields_of_ejection_and_balancing_stay_envoys() -> None:
         thresholds[name] for name in ("max_connections", "max_pending_requests", "max_requests", "max_retries")
     } == {UNLIMITED}
     assert found["connect_timeout"] == "10s"
+
+
+def test_a_rule_may_name_server_and_accounts_for_mutual_tls() -> None:
+    """Absent they are Istio's: the name that says port, subset and host, and the service's own account."""
+    own = {"mode": "ISTIO_MUTUAL", "sni": "inner.example", "subjectAltNames": ["spiffe://cluster.local/ns/a/sa/b"]}
+    for fields, server, account in (
+        (own, "inner.example", "spiffe://cluster.local/ns/a/sa/b"),
+        ({"mode": "ISTIO_MUTUAL"}, "outbound_.50051_._.cache", "spiffe://cluster.local/ns/autoglm/sa/cache"),
+    ):
+        rule = ClientTls.model_validate_json(json.dumps(fields))
+        accepted = ("spiffe://cluster.local/ns/autoglm/sa/cache",)
+        sides = client_side(rule, Path("/ids"), "gateway", accepted, "outbound_.50051_._.cache", is_h2=True)
+        context = sides["transport_socket"]["typed_config"]
+        assert context["sni"] == server
+        assert account in json.dumps(context["common_tls_context"])
