@@ -38,7 +38,7 @@ class Federation:
         self._offer, self._changed = offer, changed
         self._neighbours = Neighbours(tuple(peers), pace)
         self._moved = asyncio.Event()
-        self._listeners = 0
+        self._listeners: set[asyncio.Task[None]] = set()
 
     def joined(self, registry: Registry) -> Registry:
         """Our registry and what the others offer now."""
@@ -55,18 +55,28 @@ class Federation:
 
     async def run(self) -> None:
         """Serves and listens until cancelled."""
-        server = await asyncio.start_server(self._tell, self._address, self._port, limit=4096)
-        async with server, asyncio.TaskGroup() as group:
-            for name, (host, port) in self._peers.items():
-                group.create_task(self._hear(name, host, port))
-            group.create_task(self._watch())
+        server = await asyncio.start_server(self._meet, self._address, self._port, limit=4096)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, (host, port) in self._peers.items():
+                    group.create_task(self._hear(name, host, port))
+                group.create_task(self._watch())
+        finally:
+            server.close()
+            for task in self._listeners:
+                task.cancel()
+            await asyncio.gather(*self._listeners, return_exceptions=True)
 
-    async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """To one listener, until it goes away or no longer reads."""
-        if self._listeners >= MAX_LISTENERS:
+    def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._listeners) >= MAX_LISTENERS:
             writer.close()
             return
-        self._listeners += 1
+        task = asyncio.ensure_future(self._tell(writer))
+        self._listeners.add(task)
+        task.add_done_callback(self._listeners.discard)
+
+    async def _tell(self, writer: asyncio.StreamWriter) -> None:
+        """To one listener, until it goes away or no longer reads."""
         try:
             while True:
                 moved = self._moved
@@ -77,7 +87,6 @@ class Federation:
         except (OSError, TimeoutError):
             pass
         finally:
-            self._listeners -= 1
             writer.close()
 
     async def _hear(self, name: str, host: str, port: int) -> None:

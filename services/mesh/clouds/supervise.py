@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from services.mesh import ports
-from services.mesh.clouds import network, plan, state, wan
+from services.mesh.clouds import network, plan, state, wan, watches
 from services.mesh.clouds.network import Network, NoNetwork
 from services.mesh.clouds.plan import PORTS, Cloud, Plan, PlanError
 from services.mesh.clouds.settings import CloudsSettings
@@ -40,12 +40,13 @@ class Clouds:
         self.directory = RunDirectory(settings.clouds_dir)
         try:
             spec = plan.load(settings.clouds_plan)
+            self.remark = watches.make_room(len(spec.clouds))
             self._net, self._why_not = _choose(settings)
             names = tuple(spec.clouds)
             if self._net is not None:
                 network.build(self._net, names)
             self.plan = self._place(spec)
-        except (PlanError, NoNetwork, OSError) as error:
+        except (PlanError, NoNetwork, watches.NoRoom, OSError) as error:
             raise CannotStart(str(error)) from None
         patience = Patience(
             start_timeout_s=settings.clouds_start_timeout_s,
@@ -65,9 +66,9 @@ class Clouds:
             loop.add_signal_handler(number, self._stopping.set)
         self._write()
         writer = asyncio.create_task(self._keep_state())
-        servers: list[asyncio.Server] = []
+        way = wan.Wan(self.plan.ways.values(), self.plan.distance)
         try:
-            servers = await wan.serve(self.plan.ways.values(), self.plan.distance)
+            await way.open()
             self.supervisor.start()
             await self._until_up()
             await self._stopping.wait()
@@ -77,8 +78,7 @@ class Clouds:
         finally:
             self._enter("stopping")
             await self.supervisor.stop()
-            for server in servers:
-                server.close()
+            await way.close()
             writer.cancel()
             if self._net is not None:
                 network.remove(self._net)
@@ -155,6 +155,7 @@ class Clouds:
             key=self._net.key if self._net is not None else "",
             phase=self._phase,
             reason=self._reason,
+            remark=self.remark,
             one_way_ms=self.plan.distance.one_way_s * 1e3,
             clouds=[self._cloud_state(cloud, self.supervisor.processes[cloud.name]) for cloud in self.plan.clouds],
         )
