@@ -101,7 +101,8 @@ class Federation:
         opening = asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
         reader, writer = await asyncio.wait_for(opening, self._pace.stale_s)
         try:
-            while line := await asyncio.wait_for(reader.readline(), self._pace.stale_s):
+            # `_watch` says when a cloud is gone; here only a connection that leads nowhere is given up.
+            while line := await asyncio.wait_for(reader.readline(), 2 * self._pace.stale_s):
                 try:
                     offer = Offer.model_validate_json(line)
                 except ValidationError as error:
@@ -118,10 +119,12 @@ class Federation:
     async def _watch(self) -> None:
         """Expiry and ramps: what changes by time alone."""
         ramps: dict[tuple[str, str], float] = {}
+        now = time.monotonic()
         while True:
+            due = now + TICK_S
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            gone = self._neighbours.expire(now)
+            gone = self._neighbours.expire(now, max(0.0, now - due))
             for name in gone:
                 log.warning("not heard of; its endpoints are dropped", extra={"facts": {"cloud": name}})
             before, ramps = ramps, self._neighbours.ramps(now)
