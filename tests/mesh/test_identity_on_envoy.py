@@ -15,7 +15,8 @@ from services.mesh.identity import Authority
 from services.mesh.identity.files import write_certificate
 from services.mesh.policy import Policy
 from services.mesh.policy.destination_rule import DestinationRule
-from services.mesh.translate import inbound, translate
+from services.mesh.policy.security import PeerAuthentication
+from services.mesh.translate import translate
 from services.mesh.translate.tls import Mode
 from tests.fakes.echo_upstream import SAY, STREAM, EchoUpstream, channel
 from tests.fakes.envoy_process import EnvoyProcess, validate
@@ -26,15 +27,21 @@ ROTATIONS = 20
 
 @asynccontextmanager
 async def mesh(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode, policy: Policy | None = None, account: str = SERVICE
+    directory: Path, mode: Mode, policy: Policy | None = None, account: str = SERVICE
 ) -> AsyncIterator[tuple[EchoUpstream, Sidecars, EnvoyProcess]]:
     """The service, its sidecar in `mode`, and Envoy."""
-    monkeypatch.setattr(inbound, "peer_mode", lambda *_: mode)
     async with EchoUpstream(SERVICE) as process:
         made = sidecars(directory, process.port, account)
-        snapshot = translate(policy or Policy(), made.registry, made.node)
+        snapshot = translate(replace(policy or Policy(), peer_authentications=(peer(mode),)), made.registry, made.node)
         async with EnvoyProcess(snapshot, made.node) as envoy:
             yield process, made, envoy
+
+
+def peer(mode: Mode) -> PeerAuthentication:
+    """What every sidecar of the namespace asks of its callers."""
+    metadata, spec = {"name": "default", "namespace": "autoglm"}, {"mtls": {"mode": mode}}
+    document = {"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": metadata, "spec": spec}
+    return PeerAuthentication.model_validate_json(json.dumps(document))
 
 
 def rule(**tls: object) -> Policy:
@@ -53,11 +60,9 @@ async def say(port: int, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["STRICT", "PERMISSIVE"])
-async def test_the_process_learns_who_called_and_from_nobody_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
-) -> None:
+async def test_the_process_learns_who_called_and_from_nobody_else(tmp_path: Path, mode: Mode) -> None:
     """x-forwarded-client-cert names the caller's SPIFFE id; what the caller itself wrote there does not arrive."""
-    async with mesh(tmp_path, monkeypatch, mode) as (process, made, envoy):
+    async with mesh(tmp_path, mode) as (process, made, envoy):
         forged = (("x-forwarded-client-cert", "URI=spiffe://cluster.local/ns/autoglm/sa/gateway"),)
         assert await say(made.outbound, metadata=forged) == SERVICE.encode()
         told = process.metadata[0]["x-forwarded-client-cert"]
@@ -70,12 +75,10 @@ async def test_the_process_learns_who_called_and_from_nobody_else(
         assert [key for key in stats if key.startswith(f"cluster.{name}.ssl.versions.")] != []
 
 
-async def test_a_strict_port_refuses_everyone_without_a_valid_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_strict_port_refuses_everyone_without_a_valid_certificate(tmp_path: Path) -> None:
     """Plaintext, no certificate, another authority's, an expired one: refused, and the process never hears of them."""
     stranger = Authority.create(timedelta(days=1), datetime.now(UTC))
-    async with mesh(tmp_path, monkeypatch, "STRICT") as (process, made, _):
+    async with mesh(tmp_path, "STRICT") as (process, made, _):
         good = client_context(tmp_path, made.authority, certificate(made.authority))
         assert await asyncio.to_thread(connect, made.inbound, good) == _serial(made)
         for shown in (
@@ -92,9 +95,9 @@ async def test_a_strict_port_refuses_everyone_without_a_valid_certificate(
         assert process.metadata == []
 
 
-async def test_a_permissive_port_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_permissive_port_takes_both(tmp_path: Path) -> None:
     """While a mesh moves to mutual TLS: plain calls are served and prove nobody, TLS needs a certificate."""
-    async with mesh(tmp_path, monkeypatch, "PERMISSIVE") as (process, made, _):
+    async with mesh(tmp_path, "PERMISSIVE") as (process, made, _):
         forged = (("x-forwarded-client-cert", f"URI=spiffe://cluster.local/ns/autoglm/sa/{CALLER}"),)
         assert await say(made.inbound, metadata=forged) == SERVICE.encode()
         assert "x-forwarded-client-cert" not in process.metadata[0]
@@ -105,14 +108,14 @@ async def test_a_permissive_port_takes_both(tmp_path: Path, monkeypatch: pytest.
             await asyncio.to_thread(connect, made.inbound, anonymous)
 
 
-async def test_a_rule_decides_how_callers_encrypt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_rule_decides_how_callers_encrypt(tmp_path: Path) -> None:
     """DISABLE sends plaintext, which a strict port refuses; ISTIO_MUTUAL insists; names in the rule replace ours."""
     for policy, code in (
         (rule(mode="DISABLE"), grpc.StatusCode.UNAVAILABLE),
         (rule(mode="ISTIO_MUTUAL"), None),
         (rule(mode="ISTIO_MUTUAL", subjectAltNames=["spiffe://elsewhere/x"]), grpc.StatusCode.UNAVAILABLE),
     ):
-        async with mesh(tmp_path, monkeypatch, "STRICT", policy) as (_, made, _):
+        async with mesh(tmp_path, "STRICT", policy) as (_, made, _):
             if code is None:
                 assert await say(made.outbound) == SERVICE.encode()
                 continue
@@ -121,9 +124,9 @@ async def test_a_rule_decides_how_callers_encrypt(tmp_path: Path, monkeypatch: p
             assert caught.value.code() is code
 
 
-async def test_callers_refuse_a_server_that_is_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_callers_refuse_a_server_that_is_somebody_else(tmp_path: Path) -> None:
     """A certificate of the same authority under another account's name: no request is sent."""
-    async with mesh(tmp_path, monkeypatch, "STRICT", account="tokenizer") as (process, made, envoy):
+    async with mesh(tmp_path, "STRICT", account="tokenizer") as (process, made, envoy):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await say(made.outbound)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -132,12 +135,10 @@ async def test_callers_refuse_a_server_that_is_somebody_else(tmp_path: Path, mon
         assert process.metadata == []
 
 
-async def test_callers_refuse_an_expired_server_and_another_authoritys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_callers_refuse_an_expired_server_and_another_authoritys(tmp_path: Path) -> None:
     """The server's certificate becomes a bad one while Envoy runs: new connections fail, a good one heals them."""
     stranger = Authority.create(timedelta(days=1), datetime.now(UTC))
-    async with mesh(tmp_path, monkeypatch, "STRICT") as (_, made, envoy):
+    async with mesh(tmp_path, "STRICT") as (_, made, envoy):
         home = made.node.identities
         assert home is not None
         failed = f"cluster.{CALLER}~outbound|50051||{HOST};.ssl.fail_verify_error"
@@ -156,11 +157,9 @@ async def test_callers_refuse_an_expired_server_and_another_authoritys(
         assert await say(made.outbound) == SERVICE.encode()
 
 
-async def test_certificates_rotate_under_load_without_a_failed_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_certificates_rotate_under_load_without_a_failed_call(tmp_path: Path) -> None:
     """Twenty rotations: a stream runs through all, no call fails, new connections are shown each new serial."""
-    async with mesh(tmp_path, monkeypatch, "STRICT") as (process, made, envoy), channel(made.outbound, HOST) as calls:
+    async with mesh(tmp_path, "STRICT") as (process, made, envoy), channel(made.outbound, HOST) as calls:
         stream = calls.unary_stream(STREAM)(b"")
         assert await stream.read() == SERVICE.encode()
         stop, served = asyncio.Event(), 0
@@ -192,26 +191,24 @@ async def test_certificates_rotate_under_load_without_a_failed_call(
         assert not [name for name, value in stats.items() if "key_rotation_failed" in name and value != "0"]
 
 
-async def test_connections_end_where_policy_bounds_their_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_end_where_policy_bounds_their_life(tmp_path: Path) -> None:
     """maxConnectionDuration: callers connect anew after a while, so a rotation reaches busy connections, too."""
     policy = rule(mode="ISTIO_MUTUAL")
     traffic = policy.destination_rules[0].model_dump(mode="json", by_alias=True, exclude_unset=True)
     traffic["spec"]["trafficPolicy"]["connectionPool"] = {"tcp": {"maxConnectionDuration": "0.2s"}}
     policy = replace(policy, destination_rules=(DestinationRule.model_validate_json(json.dumps(traffic)),))
-    async with mesh(tmp_path, monkeypatch, "STRICT", policy) as (_, made, envoy):
+    async with mesh(tmp_path, "STRICT", policy) as (_, made, envoy):
         handshakes = f"cluster.{CALLER}~outbound|50051||{HOST};.ssl.handshake"
         while int((await envoy.stats()).get(handshakes, "0")) < 3:
             assert await say(made.outbound) == SERVICE.encode()
 
 
 @pytest.mark.parametrize("mode", ["STRICT", "PERMISSIVE", "DISABLE"])
-async def test_envoy_accepts_sidecars_in_every_mode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
-) -> None:
+async def test_envoy_accepts_sidecars_in_every_mode(tmp_path: Path, mode: Mode) -> None:
     """The whole configuration passes `envoy --mode validate`, certificates as files."""
-    monkeypatch.setattr(inbound, "peer_mode", lambda *_: mode)
     made = sidecars(tmp_path, 1)
-    status, log = await validate(translate(Policy(), made.registry, made.node).static(), tmp_path)
+    policy = Policy(peer_authentications=(peer(mode),))
+    status, log = await validate(translate(policy, made.registry, made.node).static(), tmp_path)
     assert status == 0, log
 
 

@@ -17,10 +17,22 @@ from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Te
 from services.mesh.policy.problems import PolicyError, Problem
 from services.mesh.policy.reading import DEFAULT_LIMITS, Limits
 from services.mesh.policy.refusals import explain, short, unsupported_kind
+from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.virtual_service import VirtualService
 
 _KINDS: dict[str, type[PolicyObject]] = {
-    kind.__name__: kind for kind in (VirtualService, DestinationRule, ServiceEntry, InferencePool, Gateway, Telemetry)
+    kind.__name__: kind
+    for kind in (
+        VirtualService,
+        DestinationRule,
+        ServiceEntry,
+        InferencePool,
+        Gateway,
+        Telemetry,
+        PeerAuthentication,
+        AuthorizationPolicy,
+        RequestAuthentication,
+    )
 }
 
 
@@ -60,6 +72,9 @@ def _policy(items: Any, files: dict[ObjectKey, str]) -> Policy:
         inference_pools=tuple(item for item in kept if isinstance(item, InferencePool)),
         gateways=tuple(item for item in kept if isinstance(item, Gateway)),
         telemetries=tuple(item for item in kept if isinstance(item, Telemetry)),
+        peer_authentications=tuple(item for item in kept if isinstance(item, PeerAuthentication)),
+        authorization_policies=tuple(item for item in kept if isinstance(item, AuthorizationPolicy)),
+        request_authentications=tuple(item for item in kept if isinstance(item, RequestAuthentication)),
         files=files,
     )
 
