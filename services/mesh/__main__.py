@@ -129,6 +129,18 @@ def validate(directory: Path | None = typer.Argument(None, help="Folder of Istio
 
 
 @app.command()
+def access() -> None:
+    """Print who may call what, as the policy in istio/base has it: the source of docs/access.md."""
+    from services.mesh import access_table
+
+    settings, _ = _begin()
+    try:
+        print(access_table.render(policy.load(settings.policy_dir)), end="")
+    except (PolicyError, access_table.Undecided) as error:
+        _fail(str(error))
+
+
+@app.command()
 def trace(which: str = typer.Argument("last", help="A trace id, or `last`.")) -> None:
     """Show one trace as a tree."""
     from services.mesh import demo, spans, timeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from autoglm import AutoglmError, Client, Delta, Done
@@ -37,8 +37,12 @@ def ask(
     prompt: str = PROMPT,
     max_tokens: int = MAX_TOKENS,
     timeout_s: float = 60.0,
+    on_text: Callable[[], None] = lambda: None,
 ) -> Answer:
-    """One answer, sampled with a fixed seed. `region` pins it to that cloud. Raises `NoAnswer`."""
+    """One answer, sampled with a fixed seed. `region` pins it to that cloud; `on_text` hears of each piece.
+
+    Raises `NoAnswer`.
+    """
     metadata: Mapping[str, str] = {REGION_HEADER: region} if region else {}
     began = time.monotonic()
     text: list[str] = []
@@ -61,6 +65,7 @@ def ask(
                 if isinstance(event, Delta):
                     first_s = first_s or time.monotonic() - began
                     text.append(event.text)
+                    on_text()
                     ids += [token.token_id for token in event.tokens]
                 elif isinstance(event, Done):
                     done = event

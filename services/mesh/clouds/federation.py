@@ -38,7 +38,7 @@ class Federation:
         self._offer, self._changed = offer, changed
         self._neighbours = Neighbours(tuple(peers), pace)
         self._moved = asyncio.Event()
-        self._listeners = 0
+        self._listeners: set[asyncio.Task[None]] = set()
 
     def joined(self, registry: Registry) -> Registry:
         """Our registry and what the others offer now."""
@@ -55,18 +55,28 @@ class Federation:
 
     async def run(self) -> None:
         """Serves and listens until cancelled."""
-        server = await asyncio.start_server(self._tell, self._address, self._port, limit=4096)
-        async with server, asyncio.TaskGroup() as group:
-            for name, (host, port) in self._peers.items():
-                group.create_task(self._hear(name, host, port))
-            group.create_task(self._watch())
+        server = await asyncio.start_server(self._meet, self._address, self._port, limit=4096)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, (host, port) in self._peers.items():
+                    group.create_task(self._hear(name, host, port))
+                group.create_task(self._watch())
+        finally:
+            server.close()
+            for task in self._listeners:
+                task.cancel()
+            await asyncio.gather(*self._listeners, return_exceptions=True)
 
-    async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """To one listener, until it goes away or no longer reads."""
-        if self._listeners >= MAX_LISTENERS:
+    def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._listeners) >= MAX_LISTENERS:
             writer.close()
             return
-        self._listeners += 1
+        task = asyncio.ensure_future(self._tell(writer))
+        self._listeners.add(task)
+        task.add_done_callback(self._listeners.discard)
+
+    async def _tell(self, writer: asyncio.StreamWriter) -> None:
+        """To one listener, until it goes away or no longer reads."""
         try:
             while True:
                 moved = self._moved
@@ -77,7 +87,6 @@ class Federation:
         except (OSError, TimeoutError):
             pass
         finally:
-            self._listeners -= 1
             writer.close()
 
     async def _hear(self, name: str, host: str, port: int) -> None:
@@ -92,7 +101,8 @@ class Federation:
         opening = asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
         reader, writer = await asyncio.wait_for(opening, self._pace.stale_s)
         try:
-            while line := await asyncio.wait_for(reader.readline(), self._pace.stale_s):
+            # `_watch` says when a cloud is gone; here only a connection that leads nowhere is given up.
+            while line := await asyncio.wait_for(reader.readline(), 2 * self._pace.stale_s):
                 try:
                     offer = Offer.model_validate_json(line)
                 except ValidationError as error:
@@ -109,10 +119,12 @@ class Federation:
     async def _watch(self) -> None:
         """Expiry and ramps: what changes by time alone."""
         ramps: dict[tuple[str, str], float] = {}
+        now = time.monotonic()
         while True:
+            due = now + TICK_S
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            gone = self._neighbours.expire(now)
+            gone = self._neighbours.expire(now, max(0.0, now - due))
             for name in gone:
                 log.warning("not heard of; its endpoints are dropped", extra={"facts": {"cloud": name}})
             before, ramps = ramps, self._neighbours.ramps(now)

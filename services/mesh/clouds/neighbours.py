@@ -153,8 +153,13 @@ class Neighbours:
         them.offer, them.heard = offer, now
         return is_new
 
-    def expire(self, now: float) -> list[str]:
-        """Forgets the endpoints of every cloud not heard of for too long; their names."""
+    def expire(self, now: float, deaf_s: float = 0.0) -> list[str]:
+        """Forgets the endpoints of every cloud not heard of for too long; their names.
+
+        `deaf_s` is how long we ourselves have just been unable to listen: that is nobody's silence.
+        """
+        for them in self._all.values():
+            them.heard += deaf_s
         gone = [
             name for name, them in self._all.items() if them.offer is not None and now - them.heard > self._pace.stale_s
         ]

@@ -59,6 +59,8 @@ def show(current: CloudsState, console: Console) -> None:
             cloud.name, cloud.locality, phase, *(f"http://{at}" if at else "-" for at in where), _policy(cloud)
         )
     console.print(table)
+    if current.remark:
+        console.print(f"[yellow]{current.remark}[/]", highlight=False)
     way = f"{current.one_way_ms:g} ms one way between any two, by a proxy of their own"
     if current.network == "namespaces":
         console.print(f"Each is in a network namespace of its own (autoglm-{current.key}-…); {way}.", highlight=False)

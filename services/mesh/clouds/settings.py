@@ -25,4 +25,7 @@ class CloudsSettings(ServiceSettings):
     )
     clouds_start_timeout_s: float = Field(180.0, gt=0, le=3600, description="how long one cloud may take to come up")
     clouds_restart_s: float = Field(1.0, gt=0, le=600, description="pause before a cloud that died is started again")
+    clouds_shared_cache: bool = Field(
+        False, description="one Valkey or Redis keeps the key-value blocks of all clouds; not where regions must hold"
+    )
     drain_grace_s: float = Field(10.0, ge=0, le=3600, description="how long running calls may finish on stop")

@@ -41,7 +41,7 @@ def smoke(settings: CloudsSettings, console: Console) -> bool:
     try:
         current = present.wait_up(directory, supervisor, settings.clouds_start_timeout_s, console)
         present.show(current, console)
-        for check in (_same_tokens, _unknown_region, _stand_in_and_residency):
+        for check in (_same_tokens, _unknown_region, stand_in_and_residency):
             console.print(f"ok  {check(current)}", highlight=False, soft_wrap=True)
     except (CannotStart, Flaw, asking.NoAnswer, OSError) as error:
         problem = str(error)
@@ -75,7 +75,7 @@ def _unknown_region(current: CloudsState) -> str:
     raise Flaw("a request for a region that does not exist was answered")
 
 
-def _stand_in_and_residency(current: CloudsState) -> str:
+def stand_in_and_residency(current: CloudsState) -> str:
     """One worker killed: its cloud's other requests are served by another cloud, pinned ones fail."""
     cloud = current.clouds[-1]
     victim = workers(cloud)[0]

@@ -47,6 +47,8 @@ class CloudsState(_Frozen):
     """What the names of bridge and namespaces carry; empty on loopback."""
     phase: str
     reason: str = ""
+    remark: str = ""
+    """What was changed on this machine to make room."""
     one_way_ms: float
     clouds: list[CloudState]
 

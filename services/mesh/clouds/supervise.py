@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from services.mesh import ports
-from services.mesh.clouds import network, plan, state, wan
+from services.mesh.clouds import network, plan, shared_cache, state, wan, watches
 from services.mesh.clouds.network import Network, NoNetwork
 from services.mesh.clouds.plan import PORTS, Cloud, Plan, PlanError
 from services.mesh.clouds.settings import CloudsSettings
+from services.mesh.clouds.shared_cache import SharedCache
 from services.mesh.clouds.state import CloudsState, CloudState
 from services.mesh.local import CannotStart
 from services.mesh.process import Patience, Process, Program
@@ -40,12 +41,16 @@ class Clouds:
         self.directory = RunDirectory(settings.clouds_dir)
         try:
             spec = plan.load(settings.clouds_plan)
+            self.remark = watches.make_room(len(spec.clouds))
             self._net, self._why_not = _choose(settings)
             names = tuple(spec.clouds)
             if self._net is not None:
                 network.build(self._net, names)
+            self._middle = self._net.middle if self._net is not None else LOOPBACK_MIDDLE
+            self._supply = ports.free(self._middle)
             self.plan = self._place(spec)
-        except (PlanError, NoNetwork, OSError) as error:
+            self._shared = self._find_shared_cache()
+        except (PlanError, NoNetwork, watches.NoRoom, OSError) as error:
             raise CannotStart(str(error)) from None
         patience = Patience(
             start_timeout_s=settings.clouds_start_timeout_s,
@@ -53,7 +58,8 @@ class Clouds:
             backoff_cap_s=max(10.0, settings.clouds_restart_s),
             grace_s=4 * (settings.drain_grace_s + 2.0),
         )
-        self.supervisor = Supervisor(map(self._program, self.plan.clouds), patience, self._changed)
+        shared = [self._shared.program(self.directory.log(shared_cache.NAME))] if self._shared is not None else []
+        self.supervisor = Supervisor([*shared, *map(self._program, self.plan.clouds)], patience, self._changed)
         self._phase, self._reason = "starting", ""
         self._dirty = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -65,9 +71,9 @@ class Clouds:
             loop.add_signal_handler(number, self._stopping.set)
         self._write()
         writer = asyncio.create_task(self._keep_state())
-        servers: list[asyncio.Server] = []
+        way = wan.Wan(self.plan.ways.values(), self.plan.distance)
         try:
-            servers = await wan.serve(self.plan.ways.values(), self.plan.distance)
+            await way.open()
             self.supervisor.start()
             await self._until_up()
             await self._stopping.wait()
@@ -77,8 +83,7 @@ class Clouds:
         finally:
             self._enter("stopping")
             await self.supervisor.stop()
-            for server in servers:
-                server.close()
+            await way.close()
             writer.cancel()
             if self._net is not None:
                 network.remove(self._net)
@@ -105,13 +110,12 @@ class Clouds:
             where = {name: net.address(number) for number, name in enumerate(names)}
         else:
             where = {name: f"127.0.{11 + number}.1" for number, name in enumerate(names)}
-        middle = net.middle if net is not None else LOOPBACK_MIDDLE
         is_own = net is not None and not self.settings.clouds_free_ports
         sources: dict[str, Iterator[int]] = {
             name: iter(PORTS.values()) if is_own else self._usual_or_free(where[name]) for name in names
         }
         root = self.settings.clouds_policy
-        return plan.plan(spec, self.directory.root, root, where, middle, sources, ports.free(middle))
+        return plan.plan(spec, self.directory.root, root, where, self._middle, sources, self._supply)
 
     def _usual_or_free(self, address: str) -> Iterator[int]:
         """Ports on the loopback, where other programs may be."""
@@ -128,10 +132,25 @@ class Clouds:
         return Program(
             cloud.name,
             (*inside, sys.executable, "-m", "services.mesh", "supervise"),
-            {**_inherited(), **self.plan.environment(cloud), "AUTOGLM_REPLICAS": self._replicas(cloud.name)},
+            {
+                **_inherited(),
+                **self.plan.environment(cloud),
+                **(self._shared.environment() if self._shared is not None else {}),
+                "AUTOGLM_REPLICAS": self._replicas(cloud.name),
+            },
             self.directory.log(cloud.name),
+            after=(shared_cache.NAME,) if self._shared is not None else (),
             probe=lambda: self._is_up(cloud),
         )
+
+    def _find_shared_cache(self) -> SharedCache | None:
+        if not self.settings.clouds_shared_cache:
+            return None
+        found = shared_cache.find(self._middle, next(self._supply))
+        if found is None:
+            names = " or ".join(shared_cache.SERVERS)
+            raise CannotStart(f"AUTOGLM_CLOUDS_SHARED_CACHE needs {names} (Debian: make packages)")
+        return found
 
     def _replicas(self, cloud: str) -> str:
         """The counts for all clouds and for this one: `sparse-inference/v1=1,azure:sparse-inference/canary=1`."""
@@ -155,6 +174,7 @@ class Clouds:
             key=self._net.key if self._net is not None else "",
             phase=self._phase,
             reason=self._reason,
+            remark=self.remark,
             one_way_ms=self.plan.distance.one_way_s * 1e3,
             clouds=[self._cloud_state(cloud, self.supervisor.processes[cloud.name]) for cloud in self.plan.clouds],
         )

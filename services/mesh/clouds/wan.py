@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -39,20 +39,36 @@ class Distance:
     seed: int = 7
 
 
-async def serve(ways: Iterable[Way], distance: Distance) -> list[asyncio.Server]:
-    """All ways open, until the servers are closed."""
-    draw = random.Random(distance.seed)
-    servers = []
-    for way in ways:
-        chance = random.Random(draw.random())
+class Wan:
+    """All ways. `open` once, `close` in the end."""
 
-        def meet(
-            reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way = way, chance: random.Random = chance
-        ) -> asyncio.Task[None]:
-            return asyncio.ensure_future(_carry(reader, writer, way, distance, chance))
+    def __init__(self, ways: Iterable[Way], distance: Distance) -> None:
+        self._ways, self._distance = tuple(ways), distance
+        self._servers: list[asyncio.Server] = []
+        self._under_way: set[asyncio.Task[None]] = set()
 
-        servers.append(await asyncio.start_server(meet, *way.at, limit=CHUNK_BYTES))
-    return servers
+    async def open(self) -> None:
+        """Listens. Raises OSError."""
+        draw = random.Random(self._distance.seed)
+        for way in self._ways:
+            meet = self._greeter(way, random.Random(draw.random()))
+            self._servers.append(await asyncio.start_server(meet, *way.at, limit=CHUNK_BYTES))
+
+    async def close(self) -> None:
+        """Ends every connection."""
+        for server in self._servers:
+            server.close()
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    def _greeter(self, way: Way, chance: random.Random) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+        def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.ensure_future(_carry(reader, writer, way, self._distance, chance))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+
+        return meet
 
 
 async def _carry(
@@ -121,3 +137,4 @@ async def _one_way(
         await delivery
     finally:
         delivery.cancel()
+        await asyncio.gather(delivery, return_exceptions=True)

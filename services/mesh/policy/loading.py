@@ -20,13 +20,25 @@ from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Te
 from services.mesh.policy.problems import PolicyError, Problem
 from services.mesh.policy.reading import DEFAULT_LIMITS, Limits
 from services.mesh.policy.refusals import GATEWAY_API, explain, short, unsupported_kind
+from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.virtual_service import VirtualService
 
 Kind = TypeVar("Kind", bound=Document)
 
 KINDS: dict[str, type[PolicyObject]] = {
     kind.__name__: kind
-    for kind in (VirtualService, DestinationRule, ServiceEntry, InferencePool, Gateway, Telemetry, EnvoyFilter)
+    for kind in (
+        VirtualService,
+        DestinationRule,
+        ServiceEntry,
+        InferencePool,
+        Gateway,
+        Telemetry,
+        EnvoyFilter,
+        PeerAuthentication,
+        AuthorizationPolicy,
+        RequestAuthentication,
+    )
 }
 
 
@@ -67,6 +79,9 @@ def _policy(items: Any, files: dict[ObjectKey, str]) -> Policy:
         gateways=tuple(item for item in kept if isinstance(item, Gateway)),
         telemetries=tuple(item for item in kept if isinstance(item, Telemetry)),
         envoy_filters=tuple(item for item in kept if isinstance(item, EnvoyFilter)),
+        peer_authentications=tuple(item for item in kept if isinstance(item, PeerAuthentication)),
+        authorization_policies=tuple(item for item in kept if isinstance(item, AuthorizationPolicy)),
+        request_authentications=tuple(item for item in kept if isinstance(item, RequestAuthentication)),
         files=files,
     )
 

@@ -6,11 +6,23 @@ from dataclasses import dataclass, field
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.envoy_filter import EnvoyFilter
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.virtual_service import VirtualService
 
 CLUSTER_DOMAIN = "svc.cluster.local"
 
-PolicyObject = VirtualService | DestinationRule | ServiceEntry | InferencePool | Gateway | Telemetry | EnvoyFilter
+PolicyObject = (
+    VirtualService
+    | DestinationRule
+    | ServiceEntry
+    | InferencePool
+    | Gateway
+    | Telemetry
+    | EnvoyFilter
+    | PeerAuthentication
+    | AuthorizationPolicy
+    | RequestAuthentication
+)
 ObjectKey = tuple[str, str, str]
 """Kind, namespace, name: what identifies an object within its cluster."""
 
@@ -26,6 +38,9 @@ class Policy:
     gateways: tuple[Gateway, ...] = ()
     telemetries: tuple[Telemetry, ...] = ()
     envoy_filters: tuple[EnvoyFilter, ...] = ()
+    peer_authentications: tuple[PeerAuthentication, ...] = ()
+    authorization_policies: tuple[AuthorizationPolicy, ...] = ()
+    request_authentications: tuple[RequestAuthentication, ...] = ()
     files: Mapping[ObjectKey, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[PolicyObject]:
@@ -36,6 +51,9 @@ class Policy:
         yield from self.gateways
         yield from self.telemetries
         yield from self.envoy_filters
+        yield from self.peer_authentications
+        yield from self.authorization_policies
+        yield from self.request_authentications
 
     @property
     def doors(self) -> tuple[Gateway, ...]:

@@ -12,10 +12,7 @@ _UNSUPPORTED = f"not supported by the local control plane (Istio {ISTIO_VERSION}
 GATEWAY_API = "gateway.networking.k8s.io/"
 ISTIO_KINDS = frozenset(
     {
-        "AuthorizationPolicy",
-        "PeerAuthentication",
         "ProxyConfig",
-        "RequestAuthentication",
         "Sidecar",
         "TrafficExtension",
         "WasmPlugin",

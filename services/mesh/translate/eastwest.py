@@ -27,6 +27,8 @@ from services.mesh.translate.tls import inspector
 from services.mesh.translate.world import Host, Port, World
 
 EASTWEST = "eastwest"
+_HERE = "here~"
+"""In front of a name of endpoints: only those of this network."""
 
 
 def eastwest(policy: Policy, world: World, node: NodeSettings) -> tuple[list[Json], list[Json], list[Json]]:
@@ -75,7 +77,10 @@ def _cluster(name: str, node: NodeSettings) -> Json:
         "name": name,
         "alt_stat_name": name + ";",
         "type": "EDS",
-        "eds_cluster_config": {"eds_config": eds_config(node.run_directory, name), "service_name": name},
+        "eds_cluster_config": {
+            "eds_config": eds_config(node.run_directory, _HERE + name),
+            "service_name": _HERE + name,
+        },
         "connect_timeout": CONNECT_TIMEOUT,
         "per_connection_buffer_limit_bytes": node.buffer_limit_bytes,
         "circuit_breakers": {"thresholds": [{**limits, "track_remaining": False}]},
@@ -86,7 +91,7 @@ def _cluster(name: str, node: NodeSettings) -> Json:
 def _local(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
     """Only endpoints of this network: what came from another one must not be sent on to a third."""
     here = tuple(m for m in selected(host, port, subset) if not is_remote(m.endpoint, node))
-    name = sni(host.name, port.number, subset)
+    name = _HERE + sni(host.name, port.number, subset)
     found = load_assignment(name, here, host.policy(port.number, subset), node)
     for group in found["endpoints"]:
         for end in group["lb_endpoints"]:

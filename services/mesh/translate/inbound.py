@@ -33,7 +33,7 @@ def inbound_name(sidecar: Sidecar, port: InboundPort) -> str:
 def _listener(policy: Policy, sidecar: Sidecar, port: InboundPort, world: World, node: NodeSettings) -> Json:
     assert node.identities is not None  # NodeSettings refuses sidecars without
     workload = sidecar.workload
-    filters = [*access_filters(policy, workload), http_filter("router", "router.v3.Router")]
+    filters = [*access_filters(policy, workload, port.number), http_filter("router", "router.v3.Router")]
     name = inbound_name(sidecar, port)
     manager = connection_manager(name, "envoy-inbound", filters, world, node)
     if "tracing" in manager:
