@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from services.chassis import deadlines
+from services.chassis import deadlines, residency
 from services.chassis.errors import OutOfTime
 from services.chassis.settings import ServiceSettings
 from services.chassis.tracing import client_interceptors
@@ -50,10 +50,17 @@ class _Deadline:
             raise OutOfTime("no time was left for the next service", hop=details.method)
         return await continuation(
             grpc.aio.ClientCallDetails(
-                details.method, timeout, details.metadata, details.credentials, details.wait_for_ready
+                details.method, timeout, _with_region(details.metadata), details.credentials, details.wait_for_ready
             ),
             request,
         )
+
+
+def _with_region(metadata: grpc.aio.Metadata | None) -> grpc.aio.Metadata | None:
+    region = residency.current()
+    if not region:
+        return metadata
+    return grpc.aio.Metadata(*(metadata or ()), (residency.HEADER, region))
 
 
 class _UnaryUnary(_Deadline, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]

@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from opentelemetry import trace
 
-from services.chassis import bounds, deadlines
+from services.chassis import bounds, deadlines, residency
 from services.chassis.errors import Internal, InvalidRequest, OutOfTime, ServiceError, status_of
 from services.chassis.telemetry import RPC_IN_FLIGHT, RPC_SECONDS
 
@@ -97,6 +97,7 @@ class _Call:
         remaining = self.context.time_remaining()
         # Without a deadline gRPC reports a time far in the future.
         deadlines.start(remaining if remaining is not None and remaining < 10 * 365 * 86400 else None)
+        residency.start(residency.of(self.context.invocation_metadata()))
         RPC_IN_FLIGHT.labels(self.method).inc()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:

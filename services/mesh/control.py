@@ -7,6 +7,7 @@ running Envoy, whose acceptance is read back. What fails any of them is undone a
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import logging
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.mesh import envoy, policy
+from services.mesh import envoy, inputs, policy
 from services.mesh.envoy import Admin, Invalid
 from services.mesh.keys import Keys
 from services.mesh.policy import Policy, PolicyError
+from services.mesh.policy.kustomize import KUSTOMIZATION, folders
+from services.mesh.policy.reading import DEFAULT_LIMITS
 from services.mesh.registry import Registry
 from services.mesh.rundir import write_atomically
 from services.mesh.state import PolicyState, RouteWeight
@@ -141,6 +144,7 @@ class Control:
             snapshot = translate(self._policy, self._registry(), self._node)
             await self._apply(snapshot)
             self._snapshot = snapshot
+            self._remember_inputs()
             self._warn(warnings_of(self._policy, self._registry()) + self._keys.warnings())
             if not self._endpoints_moved.is_set():
                 self._settled.set()
@@ -208,6 +212,7 @@ class Control:
 
     def _accept(self, snapshot: Snapshot, warnings: list[str], took_ms: float) -> None:
         self._snapshot = snapshot
+        self._remember_inputs()
         self.state = PolicyState(
             version=version_of(snapshot),
             accepted_unix_s=time.time(),
@@ -217,6 +222,10 @@ class Control:
         log.info("policy accepted", extra={"facts": {"version": self.state.version, "ms": round(took_ms, 1)}})
         self._warn(warnings)
         self._changed()
+
+    def _remember_inputs(self) -> None:
+        """For whoever asks what an edit would change, or where a request would go."""
+        inputs.write(inputs.Inputs(self._node, self._registry(), self._directory))
 
     def _warn(self, warnings: list[str]) -> None:
         """Warnings speak of what runs, so they come and go with the endpoints; each is logged when it comes."""
@@ -237,13 +246,28 @@ class Control:
 def fingerprint(directory: Path) -> Fingerprint:
     """Changes whenever a policy file does. Cheap enough to ask ten times a second."""
     found = []
-    for path in sorted(directory.rglob("*.y*ml")):
+    for path in sorted({path for folder in _folders(directory) for path in folder.rglob("*.y*ml")}):
         try:
             status = path.stat()
         except OSError:  # an editor is replacing it
             continue
         found.append((str(path), status.st_mtime_ns, status.st_size, status.st_ino))
     return tuple(found)
+
+
+def _folders(directory: Path) -> tuple[Path, ...]:
+    """The folder, and those its kustomization leads to."""
+    overlay = directory / KUSTOMIZATION
+    try:
+        status = overlay.stat()
+    except OSError:
+        return (directory,)
+    return _folders_as_of(directory, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _folders_as_of(directory: Path, *stamp: int) -> tuple[Path, ...]:
+    return tuple(folders(directory, DEFAULT_LIMITS))
 
 
 def has_settled(found: Fingerprint, now_ns: int) -> bool:

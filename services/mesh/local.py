@@ -21,6 +21,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from services.mesh import envoy, model, ports, topology
+from services.mesh.clouds.federation import Federation
+from services.mesh.clouds.neighbours import Pace as FederationPace
+from services.mesh.clouds.neighbours import Place, offer, placed
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
 from services.mesh.identity import Authority, Identities, Issued, Terms, Unusable
@@ -29,7 +32,7 @@ from services.mesh.keys import Keys
 from services.mesh.process import Patience, Phase, Process, Program
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory, write_atomically
-from services.mesh.settings import FIXED_PORTS, MeshSettings
+from services.mesh.settings import FIXED_PORTS, MeshSettings, addresses
 from services.mesh.state import Addresses, IdentityState, MeshState, ProcessState, Progress
 from services.mesh.supervise import StartFailed, Supervisor
 from services.mesh.topology import Instance, TopologyError
@@ -42,7 +45,6 @@ SINK, ENVOY = "trace-sink", "envoy"
 ROTATE_EVERY_S = 5.0
 ROTATE_SIGNAL = signal.SIGHUP
 """Renews every certificate: what `python -m services.mesh rotate` sends."""
-LOOPBACK = "127.0.0.1"
 
 
 class CannotStart(Exception):
@@ -58,6 +60,8 @@ class LocalMesh:
             raise CannotStart("\n".join(taken))
         self.settings = settings = ports.settle(settings)
         self.directory = RunDirectory(settings.run_dir)
+        self.own_address = settings.bind if settings.bind.startswith("127.") else "127.0.0.1"
+        """What only this machine reaches; meshes on loopback addresses of their own do not meet there."""
         try:
             self.topology = topology.load(settings.topology, settings.replicas, settings.is_own_model)
             self._placeholders = model.placeholders(settings) | {"{run_dir}": str(self.directory.root)}
@@ -74,7 +78,7 @@ class LocalMesh:
             }
             issuer_dir = settings.issuer_dir or self.directory.issuer
             self.keys = Keys({JWKS_URI: lambda: Issuer.open(issuer_dir).jwks})
-            self.admin = Admin(LOOPBACK, settings.admin_port)
+            self.admin = Admin(self.own_address, settings.admin_port)
             self.control = Control(
                 settings.policy_dir,
                 self._node(),
@@ -85,7 +89,8 @@ class LocalMesh:
                 self.keys,
             )
             self.supervisor = Supervisor(self._programs(), self._patience(), self._process_changed)
-        except (TopologyError, EnvoyMissing, Unusable, OSError) as error:
+            self.federation = self._federation()
+        except (TopologyError, EnvoyMissing, Unusable, OSError, ValueError) as error:
             raise CannotStart(str(error)) from None
         self._phase = "starting"
         self._reason = ""
@@ -117,6 +122,8 @@ class LocalMesh:
                     self.keys.keep(self.control.keys_changed),
                 )
             ]
+            if self.federation is not None:
+                beside.append(asyncio.create_task(self.federation.run()))
             await self._until_up()
             await self._stopping.wait()
             self._enter("stopping")
@@ -133,9 +140,35 @@ class LocalMesh:
         return 1 if self._phase == "failed" else 0
 
     def registry(self) -> Registry:
-        """The services with the instances that are ready now."""
+        """The services with the instances that are ready now, here and in the other clouds."""
+        return self._own() if self.federation is None else self.federation.joined(self._own())
+
+    def _own(self) -> Registry:
         ready = [item for name, item in self.instances.items() if self._is_ready(name)]
-        return topology.registry(self.topology, self.settings.namespace, self.settings.bind, ready)
+        own = topology.registry(self.topology, self.settings.namespace, self.settings.bind, ready)
+        return placed(own, self.place) if self.settings.cloud else own
+
+    def _federation(self) -> Federation | None:
+        settings = self.settings
+        if not settings.cloud:
+            return None
+        pace = FederationPace(
+            settings.federation_heartbeat_ms / 1e3, settings.federation_stale_ms / 1e3, settings.federation_ramp_s
+        )
+        kept = frozenset(name for name, spec in self.topology.services.items() if spec.cluster_local)
+        return Federation(
+            settings.bind,
+            settings.federation_port,
+            addresses(settings.peers, "AUTOGLM_PEERS"),
+            pace,
+            lambda: offer(self._own(), settings.cloud, kept),
+            self.control.endpoints_changed,
+        )
+
+    @property
+    def place(self) -> Place:
+        """Where this mesh is among the clouds."""
+        return Place(self.settings.cloud, self.settings.locality)
 
     async def _until_up(self) -> None:
         up = asyncio.create_task(self._all_up())
@@ -169,6 +202,8 @@ class LocalMesh:
         if ready != self._endpoints:
             self._endpoints = ready
             self.control.endpoints_changed()
+            if self.federation is not None:
+                self.federation.offer_changed()
         self._changed()
 
     def _changed(self) -> None:
@@ -200,8 +235,8 @@ class LocalMesh:
             reason=self._reason,
             addresses=Addresses(
                 ingress=f"{here}:{at['ingress']}",
-                outbound={item.service_account: f"{LOOPBACK}:{item.port}" for item in self._callers},
-                admin=f"{LOOPBACK}:{at['admin']}",
+                outbound={item.service_account: f"{self.own_address}:{item.port}" for item in self._callers},
+                admin=f"{self.own_address}:{at['admin']}",
                 otlp=f"{here}:{self._ports[SINK]['grpc']}",
                 traces=f"{here}:{self._ports[SINK]['query']}",
             ),
@@ -242,8 +277,21 @@ class LocalMesh:
             sidecars=topology.sidecars(self.topology, settings.namespace, self.instances.values()),
             identities=self.directory.identity,
             namespace=settings.namespace,
+            upstream_address=self.own_address,
             admin_port=settings.admin_port,
             otlp_endpoint=f"{settings.bind}:{settings.otlp_port}",
+            locality=settings.locality,
+            labels=self.place.labels,
+            network=settings.cloud,
+            network_gateways={
+                name: (at,) for name, at in addresses(settings.eastwest_gateways, "AUTOGLM_EASTWEST_GATEWAYS").items()
+            },
+            eastwest_port=settings.eastwest_port,
+            eastwest_services=frozenset(
+                name for name, spec in self.topology.services.items() if not spec.cluster_local
+            ),
+            ping_interval_s=settings.ping_interval_ms / 1e3 if settings.cloud else 0.0,
+            ping_timeout_s=settings.ping_timeout_ms / 1e3,
             # A laptop shows a change at once; production keeps Istio's second.
             update_merge_window_s=0.0,
         )
@@ -305,7 +353,7 @@ class LocalMesh:
         fixed = {
             "AUTOGLM_INSTANCE": name,
             # Only their sidecars are reached from elsewhere.
-            "AUTOGLM_BIND": LOOPBACK if name in self.instances else self.settings.bind,
+            "AUTOGLM_BIND": self.own_address if name in self.instances else self.settings.bind,
             "AUTOGLM_NAMESPACE": self.settings.namespace,
             "AUTOGLM_DRAIN_GRACE_S": str(self.settings.drain_grace_s),
             "PYTHONUNBUFFERED": "1",
@@ -313,17 +361,18 @@ class LocalMesh:
         return {**os.environ, **extra, **fixed, **given}
 
     def _service_environment(self, item: Instance) -> dict[str, str]:
-        labels = ",".join(f"{key}={value}" for key, value in item.labels.items() if key != "app")
+        known = {**item.labels, **(self.place.labels if self.settings.cloud else {})}
+        labels = ",".join(f"{key}={value}" for key, value in known.items() if key != "app")
         extra = {"AUTOGLM_OTLP_ENDPOINT": f"{self.settings.bind}:{self.settings.otlp_port}", **self._placed(item)}
         # As Envoy knows it: a worker tells the picker, whose choice must be one of Envoy's endpoints.
         extra["AUTOGLM_ADVERTISE"] = f"{self.settings.bind}:{next(iter(item.inbound.values()))}"
         for caller in self._callers:
             if caller.service_account == item.service:
-                extra["AUTOGLM_MESH_ADDRESS"] = f"{LOOPBACK}:{caller.port}"
+                extra["AUTOGLM_MESH_ADDRESS"] = f"{self.own_address}:{caller.port}"
         if labels:
             extra["AUTOGLM_LABELS"] = labels
-        if item.locality:
-            extra["AUTOGLM_LOCALITY"] = item.locality
+        if locality := item.locality or self.settings.locality:
+            extra["AUTOGLM_LOCALITY"] = locality
         return self._environment(item.name, extra)
 
     def _placed(self, item: Instance) -> dict[str, str]:

@@ -63,6 +63,8 @@ class ServiceSpec(_Strict):
     calls: list[Name] = Field(default_factory=list, max_length=16)
     """Services it reaches through the mesh. Without any it gets no outbound listener: it can call nobody."""
     after: list[Name] = Field(default_factory=list, max_length=16)
+    cluster_local: bool = False
+    """Never offered to other clouds: Istio's MeshConfig says `serviceSettings.settings.clusterLocal`."""
     environment: dict[Variable, Text] = Field(default_factory=dict, max_length=64)
     replicas: list[ReplicaSpec] = Field(
         default_factory=lambda: [ReplicaSpec(name="main", count=1)], min_length=1, max_length=8

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from services.chassis import deadlines
+from services.chassis import deadlines, residency
 from services.gateway.generation import Gateway, Generation
 from services.gateway.rest.connection import ClientGone, Reply, read_body, while_connected
 from services.gateway.rest.errors import from_validation, told
@@ -54,6 +54,7 @@ class Completions:
         request, request_id = Request(scope, receive), self._new_id()
         settings = self._gateway.settings
         deadlines.start(settings.default_deadline_s)
+        residency.start(request.headers.get(residency.HEADER))
         with _server_span(request) as span:
             reply = Reply(send, {"x-request-id": request_id, "x-trace-id": f"{span.get_span_context().trace_id:032x}"})
             try:

@@ -18,8 +18,6 @@ from services.mesh.translate.tls import CERTIFICATE, ROOT, ROOT_FOLDER, SDS_FILE
 
 CURRENT = "current"
 CHAIN_FILE, KEY_FILE, ROOT_FILE = "chain.pem", "key.pem", "root.pem"
-KEPT = 2
-"""The newest certificate, and the one before, which Envoy may just be reading."""
 
 
 def write_root(folder: Path, root: bytes) -> None:
@@ -32,13 +30,17 @@ def write_root(folder: Path, root: bytes) -> None:
 
 
 def write_certificate(folder: Path, account: str, certificate: Certificate) -> None:
-    """Makes `certificate` the account's newest; the first time also what tells Envoy where to look."""
+    """Makes `certificate` the account's newest; the first time also what tells Envoy where to look.
+
+    The one before stays until the next: Envoy may just be reading it.
+    """
     home = folder / account
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    version = home / f"{certificate.issued.timestamp():017.6f}-{certificate.serial[:8]}"
+    version = home / certificate.serial
     version.mkdir(mode=0o700)
     (version / CHAIN_FILE).write_bytes(certificate.chain)
     write_private(version / KEY_FILE, certificate.key)
+    before = os.readlink(home / CURRENT) if (home / CURRENT).is_symlink() else ""
     draft = home / f".{CURRENT}.{os.getpid()}"
     draft.unlink(missing_ok=True)
     draft.symlink_to(version.name)
@@ -54,8 +56,9 @@ def write_certificate(folder: Path, account: str, certificate: Certificate) -> N
             },
         },
     )
-    for old in sorted(path for path in home.iterdir() if path.is_dir() and not path.is_symlink())[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    for other in home.iterdir():
+        if other.is_dir() and not other.is_symlink() and other.name not in (version.name, before):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _watched(home: Path) -> Json:

@@ -4,6 +4,7 @@ from services.mesh.policy import Policy, PolicyError, check
 from services.mesh.registry import Registry
 from services.mesh.translate.bootstrap import bootstrap
 from services.mesh.translate.clusters import clusters
+from services.mesh.translate.eastwest import eastwest
 from services.mesh.translate.endpoints import assignments
 from services.mesh.translate.inbound import inbound_clusters, inbound_listeners
 from services.mesh.translate.listeners import ingress_listener, outbound_listeners
@@ -28,11 +29,13 @@ def translate(policy: Policy, registry: Registry, node: NodeSettings) -> Snapsho
     if door is not None:
         routes.append(ingress_routes(policy, door, node))
         listeners.append(ingress_listener(policy, door, node))
+    more_listeners, more_clusters, more_endpoints = eastwest(policy, world, node)
+    listeners += more_listeners
     reached = {name: host for view in views for name, host in view.world.hosts.items()}
     return Snapshot(
         bootstrap=bootstrap(node),
-        clusters=(*clusters(views, node), *inbound_clusters(node)),
+        clusters=(*clusters(views, node), *inbound_clusters(node), *more_clusters),
         listeners=tuple(listeners),
         routes=tuple(routes),
-        endpoints=tuple(assignments(reached, node)),
+        endpoints=(*assignments(reached, node), *more_endpoints),
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from services.mesh.policy.destination_rule import HttpSettings, OutlierDetection, TcpSettings, TrafficPolicy
 from services.mesh.translate.balancing import balancing
 from services.mesh.translate.endpoints import load_assignment, selected
+from services.mesh.translate.localities import is_weighted
 from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, cluster_name, file_name, seconds, sni
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.tls import client_side
@@ -34,6 +35,9 @@ def clusters(views: Iterable[View], node: NodeSettings) -> list[Json]:
 def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
     name = host.cluster(port.number, subset)
     traffic = host.policy(port.number, subset)
+    istio: Json = {"services": [{"host": host.name}], "subset": subset or "default"}
+    if host.rule:
+        istio["config"] = host.rule
     pool = traffic.connection_pool
     tcp = pool.tcp if pool is not None else TcpSettings()
     http = pool.http if pool is not None else HttpSettings()
@@ -44,12 +48,12 @@ def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
         "connect_timeout": seconds(tcp.connect_timeout) if tcp.connect_timeout is not None else CONNECT_TIMEOUT,
         "per_connection_buffer_limit_bytes": node.buffer_limit_bytes,
         "circuit_breakers": {"thresholds": [_thresholds(tcp, http, traffic)]},
-        "common_lb_config": _common_lb(traffic, node),
+        "common_lb_config": _common_lb(traffic, node, is_picked=host.picked_by is not None),
         "typed_extension_protocol_options": {
-            HTTP_OPTIONS: _http_options(tcp, http, is_http2=_speaks_http2(http, port))
+            HTTP_OPTIONS: _http_options(tcp, http, _pings(host, node), is_http2=_speaks_http2(http, port))
         },
-        "metadata": {"filter_metadata": {"istio": {"services": [{"host": host.name}], "subset": subset or "default"}}},
-        **balancing(traffic.load_balancer, is_picked=host.picked_by is not None),
+        "metadata": {"filter_metadata": {"istio": istio}},
+        **balancing(traffic.load_balancer, is_picked=host.picked_by is not None, weighs_places=is_weighted(traffic)),
         **_discovery(host, port, subset, traffic, node),
         **client_side(
             traffic.tls,
@@ -116,10 +120,12 @@ def _thresholds(tcp: TcpSettings, http: HttpSettings, traffic: TrafficPolicy) ->
     return limits
 
 
-def _common_lb(traffic: TrafficPolicy, node: NodeSettings) -> Json:
+def _common_lb(traffic: TrafficPolicy, node: NodeSettings, *, is_picked: bool) -> Json:
     config: Json = {}
     if traffic.outlier_detection is not None:
         config["healthy_panic_threshold"] = {"value": traffic.outlier_detection.min_health_percent}
+    if is_weighted(traffic) and not is_picked:
+        config["locality_weighted_lb_config"] = {}
     if node.update_merge_window_s is not None:
         config["update_merge_window"] = seconds(node.update_merge_window_s)
     return config
@@ -129,7 +135,15 @@ def _speaks_http2(http: HttpSettings, port: Port) -> bool:
     return port.is_http2 or http.h2_upgrade_policy == "UPGRADE"
 
 
-def _http_options(tcp: TcpSettings, http: HttpSettings, *, is_http2: bool) -> Json:
+def _pings(host: Host, node: NodeSettings) -> Json:
+    """Only towards sidecars: other servers take frequent pings for an attack."""
+    if not node.ping_interval_s or not host.identities or not node.sidecars:
+        return {}
+    alive = {"interval": seconds(node.ping_interval_s), "timeout": seconds(node.ping_timeout_s)}
+    return {"connection_keepalive": alive}
+
+
+def _http_options(tcp: TcpSettings, http: HttpSettings, pings: Json, *, is_http2: bool) -> Json:
     common: Json = {}
     idle = http.idle_timeout if http.idle_timeout is not None else tcp.idle_timeout
     if idle is not None:
@@ -139,7 +153,7 @@ def _http_options(tcp: TcpSettings, http: HttpSettings, *, is_http2: bool) -> Js
     if http.max_requests_per_connection:
         common["max_requests_per_connection"] = http.max_requests_per_connection
     streams = {"max_concurrent_streams": http.max_concurrent_streams} if http.max_concurrent_streams else {}
-    explicit: Json = {"http2_protocol_options": streams} if is_http2 else {"http_protocol_options": {}}
+    explicit: Json = {"http2_protocol_options": {**streams, **pings}} if is_http2 else {"http_protocol_options": {}}
     options: Json = {"@type": TYPE_URL + HTTP_OPTIONS, "explicit_http_config": explicit}
     if common:
         options["common_http_protocol_options"] = common

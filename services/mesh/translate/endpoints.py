@@ -1,8 +1,14 @@
-"""Who answers: endpoints of a port, narrowed to a subset by label, ordered by distance where ejection can use it."""
+"""Who answers: endpoints of a port, narrowed to a subset by label, grouped by place, each at an address we can reach.
+
+An endpoint in another network stands behind that network's east-west gateway: its address is replaced by the gateway's,
+which finds the way by the name in the TLS handshake.
+"""
 
 from collections.abc import Mapping
 
 from services.mesh.policy.destination_rule import TrafficPolicy
+from services.mesh.registry import Endpoint
+from services.mesh.translate.localities import groups
 from services.mesh.translate.names import ENDPOINTS, Json, cluster_name, locality, socket_address
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.tls import IS_MESHED
@@ -38,40 +44,52 @@ def selected(host: Host, port: Port, subset: str) -> tuple[Member, ...]:
 
 
 def load_assignment(name: str, members: tuple[Member, ...], traffic: TrafficPolicy, node: NodeSettings) -> Json:
-    """Istio orders localities by distance only where outlier detection can tell that a locality is gone."""
-    places = sorted({member.endpoint.locality for member in members})
-    prefers_near = traffic.outlier_detection is not None and node.locality != ""
-    distances = {place: _distance(place, node.locality) if prefers_near else 0 for place in places}
-    priorities = {distance: rank for rank, distance in enumerate(sorted(set(distances.values())))}
-    groups = []
-    for place in sorted(places, key=lambda item: (distances[item], item)):
-        here = sorted((m for m in members if m.endpoint.locality == place), key=_address)
-        groups.append(
-            {
-                "locality": locality(place),
-                "lb_endpoints": [
-                    {
-                        "endpoint": {"address": socket_address(m.endpoint.address, m.endpoint.port)},
-                        "load_balancing_weight": m.weight,
-                        **(_MESHED if m.endpoint.has_sidecar else {}),
-                    }
-                    for m in here
-                ],
-                "load_balancing_weight": sum(m.weight for m in here),
-                "priority": priorities[distances[place]],
-            }
-        )
-    return {"cluster_name": name, "endpoints": groups}
+    """Envoy's form of the groups. A place that cannot be reached at all is left out."""
+    found = []
+    for group in groups(members, traffic, node):
+        addresses = _reachable(group.members, node)
+        if addresses:
+            found.append(
+                {
+                    "locality": locality(group.place),
+                    "lb_endpoints": [
+                        {
+                            "endpoint": {"address": socket_address(address, port)},
+                            "load_balancing_weight": weight,
+                            **(_MESHED if is_meshed else {}),
+                        }
+                        for (address, port), (weight, is_meshed) in sorted(addresses.items())
+                    ],
+                    "load_balancing_weight": group.weight,
+                    "priority": group.priority,
+                }
+            )
+    return {"cluster_name": name, "endpoints": _compact(found)}
 
 
-def _address(member: Member) -> tuple[str, int]:
-    return (member.endpoint.address, member.endpoint.port)
+def is_remote(endpoint: Endpoint, node: NodeSettings) -> bool:
+    """Whether the way leads through a gateway. A proxy that names no network of its own reaches everything directly."""
+    return node.network != "" and endpoint.network not in ("", node.network)
 
 
-def _distance(theirs: str, ours: str) -> int:
-    """0 same subzone, 1 same zone, 2 same region, 3 elsewhere."""
-    there, here = (locality(text) for text in (theirs, ours))
-    for distance, name in enumerate(("region", "zone", "sub_zone")):
-        if there.get(name, "") != here.get(name, ""):
-            return 3 - distance
-    return 0
+def _reachable(members: tuple[Member, ...], node: NodeSettings) -> dict[tuple[str, int], tuple[int, bool]]:
+    """Addresses with their weights, and whether they take mutual TLS.
+
+    The endpoints of another network share the weights of its gateways. As in Istio, only those that take mutual TLS can
+    be reached there: the way is told in the handshake.
+    """
+    found: dict[tuple[str, int], tuple[int, bool]] = {}
+    for member in members:
+        there = member.endpoint
+        ways: tuple[tuple[str, int], ...] = ((there.address, there.port),)
+        if is_remote(there, node):
+            ways = node.network_gateways.get(there.network, ()) if there.has_sidecar else ()
+        for way in ways:
+            found[way] = (found.get(way, (0, False))[0] + member.weight, there.has_sidecar)
+    return found
+
+
+def _compact(found: list[Json]) -> list[Json]:
+    """Envoy wants priorities without gaps."""
+    ranks = {rank: number for number, rank in enumerate(sorted({group["priority"] for group in found}))}
+    return [group | {"priority": ranks[group["priority"]]} for group in found]

@@ -1,7 +1,11 @@
 """Names and small values in the form Istio gives them inside Envoy's configuration."""
 
+import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+
+from services.mesh.policy.base import Document
 
 Json = dict[str, Any]
 
@@ -38,6 +42,18 @@ def file_name(resource: str) -> str:
     return resource.replace("|", "_.") + ".json"
 
 
+def eds_config(run_directory: Path, name: str) -> Json:
+    """Where Envoy reads the endpoints of that name."""
+    directory = run_directory / "eds"
+    return {
+        "path_config_source": {
+            "path": str(directory / file_name(name)),
+            "watched_directory": {"path": str(directory)},
+        },
+        "resource_api_version": "V3",
+    }
+
+
 def seconds(span: timedelta | float) -> str:
     """A duration in protobuf's JSON form."""
     value = span.total_seconds() if isinstance(span, timedelta) else span
@@ -47,6 +63,18 @@ def seconds(span: timedelta | float) -> str:
 def share(percent: float) -> Json:
     """A percentage as Istio writes fractions: in millionths."""
     return {"numerator": round(percent * 10_000), "denominator": "MILLION"}
+
+
+def config_path(item: Document) -> str:
+    """How Istio names the object that a resource was made from."""
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", item.kind).lower()
+    return f"/apis/{item.api_version}/namespaces/{item.metadata.namespace}/{kind}/{item.metadata.name}"
+
+
+def origin(item: Document, path: str = "") -> Json:
+    """Filter metadata that says where a resource comes from: Istio's object, and our own path within it."""
+    place: Json = {"autoglm": {"path": path}} if path else {}
+    return {"istio": {"config": config_path(item)}, **place}
 
 
 def socket_address(address: str, port: int) -> Json:

@@ -40,6 +40,11 @@ _INSPECTOR: Json = {
 Mode = Literal["STRICT", "PERMISSIVE", "DISABLE"]
 
 
+def inspector() -> Json:
+    """The listener filter that reads the handshake, for chains told apart by it."""
+    return _INSPECTOR
+
+
 def client_side(
     tls: ClientTls | None, identities: Path | None, caller: str, accepted: tuple[str, ...], name: str, *, is_h2: bool
 ) -> Json:

@@ -41,9 +41,9 @@ def outbound_views(policy: Policy, world: World, node: NodeSettings) -> tuple[Vi
 
 def ingress_view(policy: Policy, world: World, node: NodeSettings) -> View | None:
     """The door, where a Gateway is defined: it reaches what the VirtualServices of the Gateway lead to."""
-    if not policy.gateways:
+    if not policy.doors:
         return None
-    doors = {f"{gateway.metadata.namespace}/{gateway.metadata.name}" for gateway in policy.gateways}
+    doors = {f"{gateway.metadata.namespace}/{gateway.metadata.name}" for gateway in policy.doors}
     behind: set[str] = set()
     for service in policy.virtual_services:
         if doors & {gateway_name(name, service.metadata.namespace) for name in service.spec.gateways}:

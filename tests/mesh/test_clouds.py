@@ -1,0 +1,115 @@
+"""Three clouds on one machine: one token stream, requests that stay where they must, and a cloud that vanishes.
+
+Real processes behind real Envoys in network namespaces, started once for the module. Without root they are skipped; the
+smoke run (`make clouds-smoke`) then still works on loopback addresses.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks.clouds import Clouds, running_clouds
+from benchmarks.harness import MODEL
+from services.mesh.clouds import asking, network, smoke
+from services.mesh.clouds.asking import Answer, NoAnswer
+
+CANNOT = "network namespaces need root, ip and nsenter: clouds are NOT tested here"
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not network.is_possible(), reason=CANNOT),
+]
+LOST, REGION = "azure", "eastus"
+GATEWAYS = "outbound_.50051_._.gateway"
+ENDS_WITHIN_S = 20.0
+"""Generous: a silent peer is given up after about three seconds on a machine that has time."""
+
+
+@pytest.fixture(scope="module")
+def clouds() -> Iterator[Clouds]:
+    """Three clouds with one worker each."""
+    with running_clouds(AUTOGLM_FEDERATION_RAMP_S="1") as made:
+        yield made
+
+
+def ask(clouds: Clouds, door: str, region: str = "", max_tokens: int = 16) -> Answer:
+    """One answer through a cloud's door."""
+    return asking.ask(clouds.ingress(door), MODEL, region, max_tokens=max_tokens)
+
+
+def test_every_cloud_gives_the_same_tokens(clouds: Clouds) -> None:
+    """One prompt and one seed, pinned to each cloud, through each door: equal token ids, equal variant."""
+    names = [cloud.name for cloud in clouds.state.clouds]
+    answers = [ask(clouds, door, region) for door in names for region in names]
+    assert len(answers[0].token_ids) == 16
+    assert {(answer.token_ids, answer.variant_digest) for answer in answers} == {
+        (answers[0].token_ids, answers[0].variant_digest)
+    }
+
+
+def test_a_region_that_does_not_exist_is_refused(clouds: Clouds) -> None:
+    """A misspelt region must not be served anywhere."""
+    with pytest.raises(NoAnswer, match="InvalidRequestError"):
+        ask(clouds, "aws", "eastus2")
+
+
+def test_another_cloud_stands_in_for_a_dead_worker_and_pinned_requests_fail(clouds: Clouds) -> None:
+    """The gateway stays, its worker is gone: others' workers answer, and what must stay there fails."""
+    said = smoke.stand_in_and_residency(clouds.state)
+    assert "served by another cloud" in said
+    clouds.until(lambda: smoke.workers(clouds.cloud(LOST))[0].phase == "ready", "the worker is back", 60.0)
+
+
+def test_a_cloud_that_vanishes_without_a_word(clouds: Clouds) -> None:
+    """What it was answering ends in a typed error, new requests go elsewhere, pinned ones fail, and it comes back."""
+    begun = threading.Event()
+
+    def long_answer() -> Answer:
+        return asking.ask(clouds.ingress("aws"), MODEL, LOST, max_tokens=1800, on_text=begun.set)
+
+    with ThreadPoolExecutor(1) as pool:
+        under_way: Future[Answer] = pool.submit(long_answer)
+        assert begun.wait(60.0), "the answer has not begun"
+        try:
+            clouds.pull(LOST)
+            began = time.monotonic()
+            with pytest.raises(NoAnswer, match=r"InterruptedStreamError|UnavailableError"):
+                under_way.result(60.0)
+            assert time.monotonic() - began < ENDS_WITHIN_S
+            for name in ("aws", "gcp"):
+                clouds.until(lambda name=name: REGION not in clouds.places(name, GATEWAYS), f"{name} misses it")
+                assert ask(clouds, name).token_ids
+                with pytest.raises(NoAnswer, match="UnavailableError"):
+                    ask(clouds, name, LOST)
+        finally:
+            clouds.plug(LOST)
+    for name in ("aws", "gcp"):
+        clouds.until(lambda name=name: REGION in clouds.places(name, GATEWAYS), f"{name} sees it again", 60.0)
+    assert ask(clouds, "aws", LOST).token_ids == ask(clouds, "aws", "aws").token_ids
+
+
+def test_an_edit_of_one_clouds_overlay_applies_there_only(clouds: Clouds) -> None:
+    """Its canary dial moves its own weights; the policy of the others keeps its version."""
+    before = {name: clouds.mesh(name).policy.version for name in ("aws", "gcp")}
+    clouds.edit(
+        f"clouds/{LOST}/canary.yaml",
+        lambda text: text.replace("value: 100}", "value: 95}").replace("weight, value: 0}", "weight, value: 5}"),
+    )
+    clouds.until(lambda: {item.weight for item in clouds.mesh(LOST).policy.weights} == {95, 5}, "the new weights")
+    assert {name: clouds.mesh(name).policy.version for name in before} == before
+
+
+def test_a_killed_run_leaves_a_network_that_the_next_one_removes(tmp_path: Path) -> None:
+    """Names come from the run directory: building again replaces what is left, and removing leaves nothing."""
+    net = network.network(tmp_path)
+    network.build(net, ("one", "two"))
+    network.build(net, ("one", "two"))
+    assert (network.NETNS / net.namespace("one")).exists()
+    network.remove(net)
+    assert not list(network.NETNS.glob(f"autoglm-{net.key}-*"))
+    assert not (Path("/sys/class/net") / net.bridge).exists()
