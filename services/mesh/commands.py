@@ -21,6 +21,7 @@ from services.mesh.explain import CannotExplain, Request
 from services.mesh.explain import explain as explain_request
 from services.mesh.explain.request import OUTSIDE
 from services.mesh.inputs import Inputs
+from services.mesh.keys import keys_for
 from services.mesh.policy import Policy, PolicyError
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory
@@ -85,10 +86,10 @@ def add_to(app: typer.Typer, console: Console) -> None:
             _fail(console, "no mesh is running to compare with; start one, or name a folder: --against istio/base", 3)
         around = running or _imagined(settings, console)
         if against is not None:
-            old = _translated(against, around, console)[1]
+            old = _translated(against, around, settings, console)[1]
         else:
             old = _in_force(around, console)
-        loaded, new = _translated(edited, around, console)
+        loaded, new = _translated(edited, around, settings, console)
         changes = differences(old, new)
         streams = _streams(settings, at_risk(changes)) if running is not None and against is None else {}
         if as_json:
@@ -115,7 +116,7 @@ def add_to(app: typer.Typer, console: Console) -> None:
         """Which route, cluster, endpoints and rules a request would meet, and which YAML decides each of them."""
         settings = read(MeshSettings)
         around = _running(settings) or _imagined(settings, console)
-        loaded, snapshot = _translated(directory or around.policy_dir, around, console)
+        loaded, snapshot = _translated(directory or around.policy_dir, around, settings, console)
         is_grpc = re.fullmatch(r"/[\w.]+\.\w+/\w+", path) is not None
         authority = host or ("localhost" if caller == OUTSIDE else _service_of(path))
         if not path.startswith("/") or not authority:
@@ -173,9 +174,10 @@ def _in_force(around: Inputs, console: Console) -> Snapshot:
         _fail(console, f"the running mesh's configuration cannot be read: {error}")
 
 
-def _translated(directory: Path, around: Inputs, console: Console) -> tuple[Policy, Snapshot]:
+def _translated(directory: Path, around: Inputs, settings: MeshSettings, console: Console) -> tuple[Policy, Snapshot]:
     try:
-        loaded = policy.load(directory)
+        keys = keys_for(settings.issuer_dir or RunDirectory(settings.run_dir).issuer)
+        loaded = asyncio.run(keys.filled(policy.load(directory)))
         return loaded, translate(loaded, around.registry, around.node)
     except PolicyError as error:
         for problem in error.problems:

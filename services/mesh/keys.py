@@ -12,8 +12,10 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from http.client import HTTPException, HTTPResponse
+from pathlib import Path
 
 from services.mesh.identity import Unusable
+from services.mesh.issuer import JWKS_URI, Issuer
 from services.mesh.policy import Policy
 from services.mesh.policy.security import JwtRule
 from services.mesh.policy.security_values import MAX_KEYS_BYTES, why_not_keys
@@ -117,6 +119,11 @@ class Keys:
     def _with_keys(self, rule: JwtRule) -> JwtRule:
         known = self._known.get(rule.jwks_uri) if rule.jwks_uri is not None else None
         return rule.model_copy(update={"jwks": known.text}) if known is not None else rule
+
+
+def keys_for(issuer: Path) -> Keys:
+    """Those of a local mesh: the development issuer's from its folder, all others from the network."""
+    return Keys({JWKS_URI: lambda: Issuer.open(issuer).jwks})
 
 
 def fetch_url(url: str, timeout_s: float) -> str:

@@ -27,8 +27,7 @@ from services.mesh.clouds.neighbours import Place, offer, placed
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
 from services.mesh.identity import Authority, Identities, Issued, Terms, Unusable
-from services.mesh.issuer import JWKS_URI, Issuer
-from services.mesh.keys import Keys
+from services.mesh.keys import keys_for
 from services.mesh.process import Patience, Phase, Process, Program
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory, write_atomically
@@ -76,8 +75,7 @@ class LocalMesh:
             self._ports[ENVOY] = {
                 name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:2]
             }
-            issuer_dir = settings.issuer_dir or self.directory.issuer
-            self.keys = Keys({JWKS_URI: lambda: Issuer.open(issuer_dir).jwks})
+            self.keys = keys_for(settings.issuer_dir or self.directory.issuer)
             self.admin = Admin(self.own_address, settings.admin_port)
             self.control = Control(
                 settings.policy_dir,
