@@ -95,9 +95,12 @@ class AccessWorld:
         self._listeners.append(_direct(f"door-{port}", port, access_filters(policy, workload, chooses_routes=True)))
         return port
 
+    def snapshot(self) -> Snapshot:
+        """All of it as one configuration."""
+        return Snapshot(bootstrap(self.node), tuple(self._clusters), tuple(self._listeners), (), ())
+
     def start(self) -> Self:
-        snapshot = Snapshot(bootstrap(self.node), tuple(self._clusters), tuple(self._listeners), (), ())
-        self._envoy = EnvoyProcess(snapshot, self.node)
+        self._envoy = EnvoyProcess(self.snapshot(), self.node)
         self._runner.run(self._envoy.__aenter__())
         return self
 

@@ -17,6 +17,7 @@ from services.mesh.policy import Policy, load
 from services.mesh.policy.security import AuthorizationPolicy
 from services.mesh.registry import Workload, spiffe_id
 from tests.fakes.access_world import AccessWorld, Asked, Outcome, Reply
+from tests.fakes.envoy_process import validate
 
 BASE = Path(__file__).resolve().parents[2] / "istio" / "base"
 POLICY = load(BASE)
@@ -154,6 +155,19 @@ def test_nothing_in_the_manifests_is_idle(number: int, stage: Stage) -> None:
         wanted = {caller: expected(WORKLOADS[name], caller) for caller in CALLERS}
         likely = sorted(CALLERS, key=lambda caller: "reached" not in wanted[caller].values() and caller != "plain text")
         assert any(different(stage.row(port, caller), wanted[caller]) for caller in likely)
+
+
+async def test_envoy_takes_every_supported_field(tmp_path: Path) -> None:
+    """`--mode validate` on the sample that has each field of the three kinds, behind TLS and at the door."""
+    everything = load(Path(__file__).parents[1] / "unit" / "mesh_policy" / "everything")
+    world = AccessWorld(tmp_path)
+    for name in ("tokenizer", "sparse-inference"):
+        world.sidecar(everything, WORKLOADS[name])
+    world.door(everything, DOOR)
+    status, log = await validate(world.snapshot().static(), tmp_path)
+    assert status == 0, log
+    text = str(world.snapshot().listeners)
+    assert all(word in text for word in ("jwt_authn", "uri_template", "claim_to_headers", "destination_ip"))
 
 
 ENCODE = "/autoglm.tokenizer.v1.TokenizerService/Encode"
