@@ -15,7 +15,7 @@ from services.mesh.policy import crds
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_CERTIFICATES = {"DestinationRule: trafficPolicy.tls.sni", "DestinationRule: trafficPolicy.tls.subjectAltNames"}
 """Not in the sample, whose Envoy has none: pinned in test_defaults.py, tried in tests/mesh with mutual TLS."""
-SAMPLE = ROOT / "tests" / "unit" / "mesh_policy" / "everything" / "policy.yaml"
+SAMPLE = ROOT / "tests" / "unit" / "mesh_policy" / "everything"
 
 
 def test_the_page_is_what_the_models_say() -> None:
@@ -51,10 +51,11 @@ def _used(value: Any, path: str) -> Iterator[str]:
 
 
 def test_every_translated_field_stands_in_the_sample_that_envoy_takes() -> None:
-    """So "translated" means that a real Envoy was given it (tests/mesh/test_translation_on_envoy.py)."""
+    """So "translated" means that a real Envoy was given it (tests/mesh)."""
     used: dict[str, set[str]] = {}
-    for document in yaml.safe_load_all(SAMPLE.read_text()):
-        used.setdefault(document["kind"], set()).update(_used(document["spec"], ""))
+    for path in sorted(SAMPLE.glob("*.yaml")):
+        for document in yaml.safe_load_all(path.read_text()):
+            used.setdefault(document["kind"], set()).update(_used(document["spec"], ""))
     missing = [
         f"{kind}: {row.path}"
         for kind, model in support.kinds().items()
