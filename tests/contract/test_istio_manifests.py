@@ -20,7 +20,10 @@ import yaml
 from services.mesh.policy import PolicyObject, load
 from services.mesh.policy.base import Strict
 from services.mesh.policy.destination_rule import DestinationRule
+from services.mesh.policy.kustomize import sources
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.problems import Problem
+from services.mesh.policy.reading import DEFAULT_LIMITS
 from services.mesh.policy.virtual_service import VirtualService
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,14 +129,19 @@ def mistakes(document: dict[str, Any]) -> list[str]:
 
 
 def documents() -> list[tuple[str, dict[str, Any]]]:
-    """Every manifest under istio/, and the sample that uses each supported field."""
-    paths = [*sorted((ROOT / "istio").rglob("*.yaml")), EVERYTHING / "policy.yaml"]
-    return [
-        (f"{path.relative_to(ROOT)}#{document['kind']}/{document['metadata']['name']}", document)
-        for path in paths
+    """Every manifest under istio/, each cloud's overlay as it is built, and the sample that uses each field."""
+    clouds = [path for path in sorted((ROOT / "istio" / "clouds").iterdir()) if path.name != "every"]
+    paths = [path for path in sorted((ROOT / "istio").rglob("*.yaml")) if "clouds" not in path.parts]
+    found = [
+        (str(path.relative_to(ROOT)), document)
+        for path in (*paths, EVERYTHING / "policy.yaml")
         for document in yaml.safe_load_all(path.read_text())
         if document is not None and "metadata" in document
     ]
+    problems: list[Problem] = []
+    built = [(path.name, source.document) for path in clouds for source in sources(path, DEFAULT_LIMITS, problems)]
+    assert problems == []
+    return [(f"{file}#{item['kind']}/{item['metadata']['name']}", item) for file, item in found + built]
 
 
 DOCUMENTS = documents()

@@ -78,13 +78,14 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
     for rule in policy.destination_rules:
         add(rule, _destination_rule(rule, policy, ports))
         add(rule, suspicions.ejection(rule, registry), is_warning=True)
+        add(rule, suspicions.failover(rule), is_warning=True)
     for pool in policy.inference_pools:
         add(pool, _pool(pool, policy, registry, ports))
     for entry in policy.service_entries:
         add(entry, _service_entry(entry, policy, registry))
-    for gateway in policy.gateways:
+    for gateway in policy.doors:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
-    for singles in (policy.gateways, policy.telemetries):
+    for singles in (policy.doors, policy.eastwest, policy.telemetries):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
     return tuple(found)
