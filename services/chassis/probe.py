@@ -1,4 +1,4 @@
-"""`python -m services.chassis.probe [SERVICE] [HOST:PORT]` asks a member of the mesh for its health: exit status 0 or 1.
+"""`python -m services.chassis.probe [SERVICE] [HOST:PORT]` asks a member of the mesh for its health: status 0 or 1.
 
 For what cannot speak grpc.health.v1 itself, such as a health check of Docker Compose. Without SERVICE it asks whether
 the process is alive, with one whether that gRPC service takes calls.

@@ -157,7 +157,7 @@ def wait_ready(program: subprocess.Popen[bytes], log: Path) -> int:
 
 
 def test_it_holds_its_own_group_and_no_heavy_stranger(image: Image) -> None:
-    """Serving needs no torch; tokenizer, cache, scheduler and gateway need no numpy either; nobody has pip or pytest."""
+    """Serving needs no torch; tokenizer, cache, scheduler and gateway need no numpy either; nobody has pip."""
     service = image.environment["AUTOGLM_SERVICE"]
     assert set(image.groups) == {service}
     strangers = {"torch", "transformers", "onnxruntime", "pip", "pytest", "rich", "typer", "envoy"}

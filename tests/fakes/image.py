@@ -9,7 +9,7 @@ kernels are not compiled again but taken from where `make` put them, unless AUTO
 from __future__ import annotations
 
 import fnmatch
-import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -135,12 +135,9 @@ def _install(image: Image, python: Path, what: Sequence[str]) -> None:
 def _take_compiled(python: Path) -> None:
     """The kernels as `make` compiled and installed them here: compiling them again takes minutes."""
     site = next((python.parent.parent / "lib").glob("python3.*/site-packages"))
-    installed = importlib.metadata.distribution("autoglm-kernels")
-    for file in installed.files or ():
-        if "__pycache__" not in file.parts:
-            end = site / file
-            end.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(str(file.locate()), end)
+    found = importlib.util.find_spec("autoglm_kernels")
+    assert found is not None and found.origin is not None
+    shutil.copytree(Path(found.origin).parent, site / "autoglm_kernels", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _copy(image: Image, words: list[str]) -> None:
