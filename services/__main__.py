@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import sys
 
 ENDED_BY_SIGTERM = 128 + signal.SIGTERM
@@ -20,6 +21,7 @@ def main() -> None:
     if not re.fullmatch(r"[a-z_]{1,64}", name):
         print(f"AUTOGLM_SERVICE: {name!r} is not the name of a folder below services/", file=sys.stderr)
         raise SystemExit(2)
+    os.environ.setdefault("AUTOGLM_INSTANCE", socket.gethostname()[:64])  # the container's or the pod's own name
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED_BY_SIGTERM))
     runpy.run_module(f"services.{name}", run_name="__main__", alter_sys=True)
 

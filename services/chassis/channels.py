@@ -17,7 +17,7 @@ KEEPALIVE_MS = 20_000
 
 
 def connect(settings: ServiceSettings, service: str) -> grpc.aio.Channel:
-    """A channel to `service` through Envoy, an outbound listener or a sidecar, which routes by the :authority header."""
+    """A channel to `service` through Envoy (outbound listener or sidecar), which routes by the :authority header."""
     options: list[tuple[str, Any]] = [
         ("grpc.default_authority", settings.host(service)),
         ("grpc.max_send_message_length", settings.max_message_bytes),
