@@ -263,6 +263,14 @@ def test_the_ports_the_programs_take_are_those_of_the_pods() -> None:
         assert set(exposed.split()) == {"50051", "9090"}
 
 
+def test_prometheus_is_shown_the_way_to_the_metrics() -> None:
+    """The annotations by which Istio's agent finds the program's page name its port and path."""
+    for item in ours(kubernetes_objects("base")).values():
+        told = item["spec"]["template"]["metadata"]["annotations"]
+        assert told["prometheus.io/scrape"] == "true" and told["prometheus.io/path"] == "/metrics"
+        assert int(told["prometheus.io/port"]) == container_ports(program(item))["metrics"]
+
+
 def _servicers(service: str) -> set[str]:
     """Full names of the gRPC services that a service offers, read from its protos."""
     found = set()
