@@ -37,7 +37,7 @@ FALLBACKS = Counter(
 
 def start(service: str, settings: ServiceSettings, **attributes: str) -> int:
     """Sets up logs, traces and the metrics page. Returns the page's port. Call once per process."""
-    _start_logging(service, settings)
+    start_logging(service, settings)
     resource = Resource.create(
         {"service.name": service, "service.namespace": settings.namespace, "service.instance.id": settings.instance}
         | attributes
@@ -90,7 +90,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-def _start_logging(service: str, settings: ServiceSettings) -> None:
+def start_logging(service: str, settings: ServiceSettings) -> None:
+    """Only the log lines, for a program that serves nothing itself."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service, settings.instance))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)

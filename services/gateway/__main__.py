@@ -12,6 +12,7 @@ from autoglm.gateway.v1 import gateway_pb2_grpc
 from services.chassis.channels import connect
 from services.chassis.serving import Member
 from services.chassis.settings import read
+from services.gateway import observation
 from services.gateway.clients import Tokenizer, Workers
 from services.gateway.generation import Gateway
 from services.gateway.limits import Admission
@@ -37,6 +38,7 @@ async def main(settings: Settings) -> None:
         admission=Admission(settings.max_in_flight, settings.retry_after_s),
         new_seed=lambda: secrets.randbits(63),
     )
+    observation.IN_FLIGHT.set_function(lambda: gateway.admission.in_flight)
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(gateway, new_id), member.server)
     rest = Listener(app.build(gateway, new_id, time.time), settings)
     await member.start()

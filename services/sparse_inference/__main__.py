@@ -26,7 +26,7 @@ from services.chassis.serving import Member
 from services.chassis.settings import read
 from services.sparse_inference import engines, metrics, oip
 from services.sparse_inference.clients import CacheClient, LeaseClient, TokenizerClient
-from services.sparse_inference.lease import Lease
+from services.sparse_inference.lease import Lease, reached_at
 from services.sparse_inference.oip_text import TextModel
 from services.sparse_inference.prefixes import Prefixes
 from services.sparse_inference.server import SERVICE, SparseInferenceServer
@@ -81,8 +81,7 @@ async def main() -> None:
     worker.start()
     await member.start()
     await member.ready()
-    endpoint = settings.advertise or f"{settings.bind}:{member.port}"
-    lease = Lease(settings, worker, pages, LeaseClient(scheduler), endpoint)
+    lease = Lease(settings, worker, pages, LeaseClient(scheduler), reached_at(settings, member.port))
     tasks = [asyncio.create_task(lease.hold()), asyncio.create_task(prefixes.publish())]
 
     async def leave() -> None:

@@ -34,6 +34,7 @@ class LoadCollector(Collector):
             ("autoglm_requests_waiting", "Requests queued", load.waiting),
             ("autoglm_kv_used_bytes", "Key-value pages that running requests hold", load.kv_used_bytes),
             ("autoglm_kv_capacity_bytes", "Key-value memory at most", capacity),
+            ("autoglm_kv_used_ratio", "Share of key-value memory in use, 0 to 1", used),
             ("autoglm_prefix_store_bytes", "Key-value blocks kept after their request", load.kv_kept_bytes),
             ("vllm:num_requests_running", "Alias of autoglm_requests_running", load.running),
             ("vllm:num_requests_waiting", "Alias of autoglm_requests_waiting", load.waiting),

@@ -34,7 +34,7 @@ class WorkerSettings(OipSettings):
         "mapped", description="mapped: shared with other workers; resident: own copy in huge pages"
     )
     labels: str = Field("version=v1", max_length=1024, description="k=v,k2=v2 as the pod's labels would be")
-    advertise: str = Field("", max_length=64, description="ip:port Envoy reaches the worker by; empty: bind and port")
+    advertise: str = Field("", max_length=64, description="ip:port Envoy reaches the worker by; empty: its own")
     max_weights_mib: int = Field(65_536, ge=1, le=1 << 30, description="weight files that are read; larger: refused")
     max_running: int = Field(16, ge=1, le=1024, description="requests computed at once")
     max_waiting: int = Field(64, ge=0, le=65_536, description="requests queued; further ones are refused")
