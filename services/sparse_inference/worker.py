@@ -18,6 +18,7 @@ from engine.runtime.sequences import Event, Failure, Finished, Request, Tokens
 from services.chassis import deadlines
 from services.chassis.errors import Internal, InvalidRequest, OutOfTime, ServiceError, TooBusy, Unavailable
 from services.chassis.offload import Offload
+from services.sparse_inference.handing import Heard, Outbox
 from services.sparse_inference.prefixes import Found, Prefixes, Scope
 from services.sparse_inference.settings import WorkerSettings
 
@@ -51,10 +52,7 @@ class Worker:
         self.kv_capacity_bytes = executor.page_count * executor.page_bytes
         self._ends = frozenset(variant.architecture.end_token_ids)
         self._arriving = 0
-        self._heard: list[tuple[asyncio.Queue[Event], Event]] = []
-        """Events that were not handed over yet; like the two below it belongs to the step thread."""
-        self._is_urgent = False
-        self._handed_over = 0.0
+        self._outbox = Outbox(settings.pace)
         self._loop = Loop(executor, settings.limits, pages, after_turn=self._hand_over)
         self.draining = False
 
@@ -123,9 +121,8 @@ class Worker:
 
         def listen(event: Event) -> None:
             nonlocal has_begun
-            self._heard.append((queue, event))
-            if not (has_begun and isinstance(event, Tokens)):
-                self._is_urgent = has_begun = True
+            self._outbox.add(queue, event, is_first=not has_begun)
+            has_begun = True
 
         def publish(name: bytes, payload: Callable[[], bytes]) -> None:
             if not self._prefixes.has_room:
@@ -176,17 +173,11 @@ class Worker:
             raise InvalidRequest(str(error), field=constraint.kind) from None
 
     def _hand_over(self) -> None:
-        """On the step thread, after a turn: one crossing to the event loop for all that was heard.
+        """On the step thread, after a turn: one crossing to the event loop for all that is due.
 
-        Steps of a small model are quicker than messages. So tokens that follow soon after others wait for the next
-        turn and share a message; first tokens and ends never wait, and the last turn of all has an end.
+        What is not waits for a later turn. There is one: as long as a stream has no end, its request is at work.
         """
-        if not self._heard:
-            return
-        now = time.monotonic()
-        if self._is_urgent or now - self._handed_over >= self.settings.stream_interval_ms / 1000:
-            heard, self._heard = self._heard, []
-            self._is_urgent, self._handed_over = False, now
+        if heard := self._outbox.due(time.monotonic()):
             with contextlib.suppress(RuntimeError):  # the event loop has ended; so has everyone who waits
                 self._events.call_soon_threadsafe(_deliver, heard)
 
@@ -199,9 +190,10 @@ _ERRORS: dict[Failure, type[ServiceError]] = {
 }
 
 
-def _deliver(heard: list[tuple[asyncio.Queue[Event], Event]]) -> None:
-    for queue, event in heard:
-        queue.put_nowait(event)
+def _deliver(heard: Heard) -> None:
+    for queue, events in heard:
+        for event in events:
+            queue.put_nowait(event)
 
 
 @contextlib.contextmanager
