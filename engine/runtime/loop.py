@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from engine.checkpoints.known_tokens import KnownTokens
 from engine.executors.interface import F32, Executor, Span, Wants
 from engine.runtime.constraints import ConstraintError
 from engine.runtime.pages import PagePool
 from engine.runtime.planning import Budget, Need, plan
 from engine.runtime.residency import Residency
-from engine.runtime.sampling import Logprobs, TokenCounts, draw, logprobs_of
+from engine.runtime.sampling import Logprobs, TokenCounts, draw, logprobs_of, without
 from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Listener, Request, Running, Tokens
 from engine.runtime.speculation import DraftController, PromptLookup
 from engine.runtime.step_cost import StepCost
@@ -90,11 +91,16 @@ class Loop:
         pages: PagePool | None = None,
         clock: Callable[[], float] = time.monotonic,
         after_turn: Callable[[], None] = lambda: None,
+        known: KnownTokens | None = None,
     ) -> None:
-        """`pages` has as many as the executor; `after_turn` is called on the step thread when listeners were told."""
+        """`pages` has as many as the executor; `after_turn` is called on the step thread when listeners were told;
+        of the vocabulary only `known` ids are drawn, None: all.
+        """
         self._executor, self._limits, self._clock, self._after_turn = executor, limits, clock, after_turn
         self.pages = PagePool(executor.page_count) if pages is None else pages
         self._residency = Residency(executor, self.pages)
+        self._known = KnownTokens(executor.vocab_size) if known is None else known
+        self._allowed = without(self._known.holes, executor.vocab_size) if self._known.holes else None
         self._cost = StepCost()
         self._budget = Budget(
             max_rows=min(limits.step_rows, executor.max_rows),
@@ -301,7 +307,7 @@ class Loop:
         self._prefilled += prefilling
         for (sequence, span, drafts), logits in zip(planned, results, strict=True):
             try:
-                self._advance(sequence, span, drafts, logits)
+                self._advance(sequence, span, drafts, None if logits is None else logits[:, : self._known.size])
             except ConstraintError as error:
                 log.warning("a constraint could not be followed: %s", error)
                 self._end(sequence, Failure.CONSTRAINT)
@@ -391,7 +397,7 @@ class Loop:
                 request.sampling,
                 sequence.seen,
                 position,
-                None if matcher is None else matcher.mask(),
+                self._allowed if matcher is None else matcher.mask(),
                 sequence.endings if position < request.min_tokens else (),
             )
             if token in sequence.endings:
@@ -400,7 +406,7 @@ class Loop:
             if matcher is not None:
                 matcher.advance(token)
             if request.logprobs:
-                scores.append(logprobs_of(row_logits, token, request.top_logprobs))
+                scores.append(self._logprobs(row_logits, token, request.top_logprobs))
             made.append(token)
             sequence.tokens.append(token)
             if request.sampling.has_penalties:
@@ -438,13 +444,17 @@ class Loop:
             position = start + row + 1
             if sequence.scored <= position < len(tokens):
                 ids.append(tokens[position])
-                scores.append(logprobs_of(logits[row], tokens[position], request.top_logprobs))
+                scores.append(self._logprobs(logits[row], tokens[position], request.top_logprobs))
                 sequence.scored = position + 1
         self._residency.settle(sequence)
         if ids:
             self._tell(sequence, Tokens(tuple(ids), tuple(scores)))
         if sequence.pending == 0:
             self._finish(sequence, FinishReason.LENGTH, None)
+
+    def _logprobs(self, logits: F32, token: int, top: int) -> Logprobs:
+        found, holes = logprobs_of(logits, token, top), self._known.holes
+        return replace(found, top=tuple(each for each in found.top if each[0] not in holes)) if holes else found
 
     def _finish(self, sequence: Running, reason: FinishReason, stop_token_id: int | None) -> None:
         self._end(

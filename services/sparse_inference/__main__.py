@@ -68,7 +68,7 @@ async def main() -> None:
     )
     arch = variant.architecture
     compiler = Compiler(tokenizer_of(variant.path), arch.vocab_size, arch.end_token_ids, settings.constraint_limits)
-    worker = Worker(settings, variant, executor, prefixes, pages, compiler)
+    worker = Worker(settings, variant, executor, prefixes, pages, compiler, variant.known)
     metrics.register(settings, worker)
     server = SparseInferenceServer(settings, worker)
     rpc.add_SparseInferenceServiceServicer_to_server(server, member.server)

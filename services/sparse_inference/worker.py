@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
+from engine.checkpoints.known_tokens import KnownTokens
 from engine.checkpoints.variant import Variant
 from engine.executors.interface import Executor
 from engine.runtime.constraints import Compiler, Constraint, ConstraintError, Matcher
@@ -38,7 +39,9 @@ class Worker:
         prefixes: Prefixes,
         pages: PagePool,
         compiler: Compiler,
+        known: KnownTokens | None = None,
     ) -> None:
+        """`known`: the ids that are tokens; None: all of the vocabulary."""
         self.settings, self.variant, self.executor = settings, variant, executor
         self._prefixes, self._compiler = prefixes, compiler
         self._compiling = Offload("constraints", settings.constraint_threads, settings.constraints_waiting)
@@ -50,10 +53,11 @@ class Worker:
             executor.page_count * executor.block_tokens,
         )
         self.kv_capacity_bytes = executor.page_count * executor.page_bytes
+        self._known = KnownTokens(variant.architecture.vocab_size) if known is None else known
         self._ends = frozenset(variant.architecture.end_token_ids)
         self._arriving = 0
         self._outbox = Outbox(settings.pace)
-        self._loop = Loop(executor, settings.limits, pages, after_turn=self._hand_over)
+        self._loop = Loop(executor, settings.limits, pages, after_turn=self._hand_over, known=known)
         self.draining = False
 
     def start(self) -> None:
@@ -74,11 +78,10 @@ class Worker:
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for what only the model can know: vocabulary and context length."""
-        vocabulary = self.variant.architecture.vocab_size
         asked = [*request.sampling.logit_bias, *request.stop_token_ids]
         for name, ids in (("token_ids", request.token_ids), ("logit_bias or stop_token_ids", asked)):
-            if ids and (worst := max(ids)) >= vocabulary:
-                raise InvalidRequest(f"{name}: {worst} is no token of this model, which has {vocabulary}")
+            if (unknown := self._known.first_unknown(ids)) is not None:
+                raise InvalidRequest(f"{name}: {unknown} is no token of this model, which has {self._known.size}")
         if request.resumed_tokens >= len(request.token_ids):
             raise InvalidRequest("resumed_tokens must be fewer than token_ids")
         length = len(request.token_ids)
