@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 
+import uvloop
 from autoglm.gateway.v1 import gateway_pb2_grpc
 
 from services.chassis.channels import connect
@@ -61,4 +62,4 @@ def new_id() -> str:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(read(Settings)))
+    uvloop.run(main(read(Settings)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
+import uvloop
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 
 from services.chassis.serving import Member
@@ -34,4 +34,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())
