@@ -74,11 +74,12 @@ test-arm: ## the kernels compiled for ARM, under qemu: the same bits as on x86 (
 fuzz: $(READY_DEV) ## open damaged model files for ten minutes (MINUTES=…): nothing but typed errors may come out
 	$(TEST_ENV) $(BIN)/python -m tests.long.fuzz_checkpoints --minutes $(or $(MINUTES),10)
 
-check: $(READY_DEV) proto-check ## format, lint, types, import contracts, protos
+check: $(READY_DEV) proto-check ## format, lint, types, import contracts, protos, manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
+	$(MESH) check
 
 format: $(READY_DEV) ## rewrite the Python files as the formatter wants them
 	$(BIN)/ruff format .

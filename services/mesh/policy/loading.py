@@ -5,22 +5,27 @@ an overlay's kustomization.yaml is read as Kustomize would build it (see `kustom
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from services.mesh.policy.base import Document
 from services.mesh.policy.destination_rule import DestinationRule
+from services.mesh.policy.envoy_filter import EnvoyFilter
 from services.mesh.policy.kustomize import sources
 from services.mesh.policy.objects import ObjectKey, Policy, PolicyObject, key_of
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
 from services.mesh.policy.problems import PolicyError, Problem
 from services.mesh.policy.reading import DEFAULT_LIMITS, Limits
-from services.mesh.policy.refusals import explain, short, unsupported_kind
+from services.mesh.policy.refusals import GATEWAY_API, explain, short, unsupported_kind
 from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.virtual_service import VirtualService
 
-_KINDS: dict[str, type[PolicyObject]] = {
+Kind = TypeVar("Kind", bound=Document)
+
+KINDS: dict[str, type[PolicyObject]] = {
     kind.__name__: kind
     for kind in (
         VirtualService,
@@ -29,6 +34,7 @@ _KINDS: dict[str, type[PolicyObject]] = {
         InferencePool,
         Gateway,
         Telemetry,
+        EnvoyFilter,
         PeerAuthentication,
         AuthorizationPolicy,
         RequestAuthentication,
@@ -72,6 +78,7 @@ def _policy(items: Any, files: dict[ObjectKey, str]) -> Policy:
         inference_pools=tuple(item for item in kept if isinstance(item, InferencePool)),
         gateways=tuple(item for item in kept if isinstance(item, Gateway)),
         telemetries=tuple(item for item in kept if isinstance(item, Telemetry)),
+        envoy_filters=tuple(item for item in kept if isinstance(item, EnvoyFilter)),
         peer_authentications=tuple(item for item in kept if isinstance(item, PeerAuthentication)),
         authorization_policies=tuple(item for item in kept if isinstance(item, AuthorizationPolicy)),
         request_authentications=tuple(item for item in kept if isinstance(item, RequestAuthentication)),
@@ -80,6 +87,13 @@ def _policy(items: Any, files: dict[ObjectKey, str]) -> Policy:
 
 
 def _object(document: Any, file: str, index: int, problems: list[Problem]) -> PolicyObject | None:
+    return read_object(document, file, index, problems, KINDS)
+
+
+def read_object(
+    document: Any, file: str, index: int, problems: list[Problem], kinds: Mapping[str, type[Kind]]
+) -> Kind | None:
+    """One document by the model of its kind; what is wrong with it goes to `problems`."""
     if not isinstance(document, dict):
         problems.append(Problem(file, f"document {index + 1}", "", "not a Kubernetes object"))
         return None
@@ -87,9 +101,11 @@ def _object(document: Any, file: str, index: int, problems: list[Problem]) -> Po
     metadata = document.get("metadata")
     name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
     label = "/".join(part if isinstance(part, str) and len(part) <= 253 else short(part) for part in (kind, name))
-    model = _KINDS.get(kind) if isinstance(kind, str) else None
-    if model is None:
-        problems.append(Problem(file, label, "kind", unsupported_kind(kind, tuple(_KINDS))))
+    version = document.get("apiVersion")
+    model = kinds.get(kind) if isinstance(kind, str) else None
+    is_other = kinds is KINDS and isinstance(version, str) and version.startswith(GATEWAY_API)
+    if model is None or is_other:
+        problems.append(Problem(file, label, "kind", unsupported_kind(kind, tuple(kinds), version)))
         return None
     try:
         return model.model_validate_json(json.dumps(document, allow_nan=False))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from services.mesh.policy.destination_rule import DestinationRule
+from services.mesh.policy.envoy_filter import EnvoyFilter
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
 from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.virtual_service import VirtualService
@@ -17,6 +18,7 @@ PolicyObject = (
     | InferencePool
     | Gateway
     | Telemetry
+    | EnvoyFilter
     | PeerAuthentication
     | AuthorizationPolicy
     | RequestAuthentication
@@ -35,6 +37,7 @@ class Policy:
     inference_pools: tuple[InferencePool, ...] = ()
     gateways: tuple[Gateway, ...] = ()
     telemetries: tuple[Telemetry, ...] = ()
+    envoy_filters: tuple[EnvoyFilter, ...] = ()
     peer_authentications: tuple[PeerAuthentication, ...] = ()
     authorization_policies: tuple[AuthorizationPolicy, ...] = ()
     request_authentications: tuple[RequestAuthentication, ...] = ()
@@ -47,6 +50,7 @@ class Policy:
         yield from self.inference_pools
         yield from self.gateways
         yield from self.telemetries
+        yield from self.envoy_filters
         yield from self.peer_authentications
         yield from self.authorization_policies
         yield from self.request_authentications

@@ -35,6 +35,9 @@ def clusters(views: Iterable[View], node: NodeSettings) -> list[Json]:
 def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
     name = host.cluster(port.number, subset)
     traffic = host.policy(port.number, subset)
+    istio: Json = {"services": [{"host": host.name}], "subset": subset or "default"}
+    if host.rule:
+        istio["config"] = host.rule
     pool = traffic.connection_pool
     tcp = pool.tcp if pool is not None else TcpSettings()
     http = pool.http if pool is not None else HttpSettings()
@@ -49,7 +52,7 @@ def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
         "typed_extension_protocol_options": {
             HTTP_OPTIONS: _http_options(tcp, http, _pings(host, node), is_http2=_speaks_http2(http, port))
         },
-        "metadata": {"filter_metadata": {"istio": {"services": [{"host": host.name}], "subset": subset or "default"}}},
+        "metadata": {"filter_metadata": {"istio": istio}},
         **balancing(traffic.load_balancer, is_picked=host.picked_by is not None, weighs_places=is_weighted(traffic)),
         **_discovery(host, port, subset, traffic, node),
         **client_side(

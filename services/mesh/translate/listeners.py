@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from services.mesh.policy import Policy
 from services.mesh.translate.access import access_filters
+from services.mesh.translate.edge_filters import CORS_FILTER, edge_filters
 from services.mesh.translate.names import (
     DESTINATION_HEADER,
     LISTENER,
@@ -72,7 +73,7 @@ def outbound_listeners(views: Iterable[View], node: NodeSettings) -> list[Json]:
 
 def ingress_listener(policy: Policy, view: View, node: NodeSettings) -> Json:
     """The door."""
-    filters = [*access_filters(policy, ingress_workload(node)), *_FILTERS]
+    filters = [*access_filters(policy, ingress_workload(node)), *edge_filters(policy, node), *_FILTERS]
     manager = connection_manager(view.name, "envoy-ingress", filters, view.world, node)
     manager |= {
         "use_remote_address": True,
@@ -163,6 +164,7 @@ _FILTERS: tuple[Json, ...] = (
         },
     },
     http_filter("fault", "fault.v3.HTTPFault"),
+    CORS_FILTER,
     http_filter("router", "router.v3.Router"),
 )
 

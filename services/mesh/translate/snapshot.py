@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from services.mesh.translate.names import Json, file_name
 
@@ -44,6 +45,21 @@ class Snapshot:
     def version(self) -> str:
         """Digest of the whole content."""
         return _digest([self.bootstrap, self.clusters, self.listeners, self.routes, self.endpoints])
+
+    @staticmethod
+    def read(directory: Path) -> "Snapshot":
+        """The snapshot whose files lie in `directory`. Raises OSError or ValueError when they are not all there."""
+
+        def resources(*paths: Path) -> tuple[Json, ...]:
+            return tuple(item for path in sorted(paths) for item in json.loads(path.read_bytes())["resources"])
+
+        return Snapshot(
+            bootstrap=json.loads((directory / "bootstrap.json").read_bytes()),
+            clusters=resources(directory / CDS_FILE),
+            listeners=resources(directory / LDS_FILE),
+            routes=resources(*(directory / "rds").glob("*.json")),
+            endpoints=resources(*(directory / "eds").glob("*.json")),
+        )
 
     def files(self) -> dict[str, bytes]:
         """All files, `bootstrap.json` included, by path relative to the run directory."""

@@ -11,7 +11,7 @@ from services.mesh.policy.destination_rule import PortPolicy, Subset, TrafficPol
 from services.mesh.policy.objects import qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry, Telemetry
 from services.mesh.registry import Endpoint, Registry
-from services.mesh.translate.names import cluster_name
+from services.mesh.translate.names import cluster_name, config_path
 
 TLS_MODE_LABEL = "security.istio.io/tlsMode"
 _BLOCKS = (*PortPolicy.model_fields, "retry_budget")
@@ -64,6 +64,8 @@ class Host:
     picked_by: PickedBy | None
     identities: tuple[str, ...] = ()
     caller: str = ""
+    rule: str = ""
+    """The DestinationRule it follows, by Istio's name for the object."""
 
     def cluster(self, port: int, subset: str = "") -> str:
         """The name of the caller's cluster for this host."""
@@ -117,7 +119,8 @@ def _host(policy: Policy, name: str, ports: tuple[Port, ...], *, dns: bool, pool
         picker = qualified(ref.name, pool.metadata.namespace)
         picked_by = PickedBy(picker, ref.port.number, ref.failure_mode == "FailOpen")
     subsets = rule.spec.subsets if rule is not None else ()
-    return Host(name, ports, dns, subsets, rule.spec.traffic_policy if rule is not None else None, picked_by)
+    traffic = rule.spec.traffic_policy if rule is not None else None
+    return Host(name, ports, dns, subsets, traffic, picked_by, rule=config_path(rule) if rule is not None else "")
 
 
 def _entry_ports(entry: ServiceEntry, name: str) -> tuple[Port, ...]:
