@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime, timedelta
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -138,6 +139,26 @@ def access() -> None:
         print(access_table.render(policy.load(settings.policy_dir)), end="")
     except (PolicyError, access_table.Undecided) as error:
         _fail(str(error))
+
+
+@app.command()
+def token(
+    tenant: str = typer.Option(..., help="Whose requests they will be."),
+    audience: str = typer.Option("autoglm", help="For whom the token is."),
+    minutes: float = typer.Option(60, min=0.1, max=60 * 24 * 30, help="How long it is good."),
+) -> None:
+    """Print a token for a mesh under istio/components/jwt: curl -H "authorization: Bearer $(… token --tenant me)"."""
+    from services.mesh.identity import Unusable
+    from services.mesh.issuer import Issuer, is_tenant
+
+    settings, directory = _begin()
+    if not is_tenant(tenant):
+        _fail("a tenant has 1 to 64 printable ASCII characters without spaces")
+    try:
+        issuer = Issuer.open(settings.issuer_dir or directory.issuer)
+    except Unusable as error:
+        _fail(str(error))
+    print(issuer.token(tenant, audience, timedelta(minutes=minutes), datetime.now(UTC)))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from services.mesh import envoy, inputs, policy
 from services.mesh.envoy import Admin, Invalid
+from services.mesh.keys import Keys
 from services.mesh.policy import Policy, PolicyError
 from services.mesh.policy.kustomize import KUSTOMIZATION, folders
 from services.mesh.policy.reading import DEFAULT_LIMITS
@@ -67,9 +68,11 @@ class Control:
         registry: Callable[[], Registry],
         pace: Pace,
         changed: Callable[[], None],
+        keys: Keys | None = None,
     ) -> None:
         self._directory, self._node, self._admin = directory, node, admin
         self._registry, self._pace, self._changed = registry, pace, changed
+        self._keys = keys or Keys()
         self._policy = Policy()
         self._snapshot: Snapshot | None = None
         self._seen: Fingerprint = ()
@@ -96,6 +99,10 @@ class Control:
         """Call when a process became ready or went away."""
         self._settled.clear()
         self._endpoints_moved.set()
+
+    def keys_changed(self) -> None:
+        """Call when the keys of an issuer are other ones: the policy is read again."""
+        self._seen = ()
 
     async def settled(self) -> None:
         """Returns when Envoy has been given the present endpoints."""
@@ -138,7 +145,7 @@ class Control:
             await self._apply(snapshot)
             self._snapshot = snapshot
             self._remember_inputs()
-            self._warn(warnings_of(self._policy, self._registry()))
+            self._warn(warnings_of(self._policy, self._registry()) + self._keys.warnings())
             if not self._endpoints_moved.is_set():
                 self._settled.set()
 
@@ -156,8 +163,8 @@ class Control:
 
     async def _sieve(self, registry: Registry) -> tuple[Policy, Snapshot, list[str]]:
         try:
-            loaded = await asyncio.to_thread(policy.load, self._directory)
-            warnings = warnings_of(loaded, registry)
+            loaded = await self._keys.filled(await asyncio.to_thread(policy.load, self._directory))
+            warnings = warnings_of(loaded, registry) + self._keys.warnings()
             snapshot = translate(loaded, registry, self._node)
             await envoy.validate(snapshot.static())
         except PolicyError as error:

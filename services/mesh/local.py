@@ -27,6 +27,8 @@ from services.mesh.clouds.neighbours import Place, offer, placed
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
 from services.mesh.identity import Authority, Identities, Issued, Terms, Unusable
+from services.mesh.issuer import JWKS_URI, Issuer
+from services.mesh.keys import Keys
 from services.mesh.process import Patience, Phase, Process, Program
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory, write_atomically
@@ -74,6 +76,8 @@ class LocalMesh:
             self._ports[ENVOY] = {
                 name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:2]
             }
+            issuer_dir = settings.issuer_dir or self.directory.issuer
+            self.keys = Keys({JWKS_URI: lambda: Issuer.open(issuer_dir).jwks})
             self.admin = Admin(self.own_address, settings.admin_port)
             self.control = Control(
                 settings.policy_dir,
@@ -82,6 +86,7 @@ class LocalMesh:
                 self.registry,
                 Pace(settings.watch_ms / 1000, settings.accept_timeout_s),
                 self._changed,
+                self.keys,
             )
             self.supervisor = Supervisor(self._programs(), self._patience(), self._process_changed)
             self.federation = self._federation()
@@ -109,7 +114,13 @@ class LocalMesh:
             await self.control.prepare()
             self.supervisor.start()
             beside = [
-                asyncio.create_task(run) for run in (self._control(), self._rotate_access_log(), self.identities.run())
+                asyncio.create_task(run)
+                for run in (
+                    self._control(),
+                    self._rotate_access_log(),
+                    self.identities.run(),
+                    self.keys.keep(self.control.keys_changed),
+                )
             ]
             if self.federation is not None:
                 beside.append(asyncio.create_task(self.federation.run()))

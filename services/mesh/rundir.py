@@ -27,6 +27,7 @@ class RunDirectory:
         self.logs = self.root / "logs"
         self.envoy = self.root / "envoy"
         self.identity = self.root / "identity"
+        self.issuer = self.root / "issuer"
 
     def log(self, name: str) -> Path:
         """Where the output of process `name` goes."""

@@ -44,6 +44,10 @@ class MeshSettings(ServiceSettings):
     ca_dir: Path | None = Field(
         None, description="the mesh's certificate authority; meshes that share it trust each other; unset: in run_dir"
     )
+    issuer_dir: Path | None = Field(
+        None,
+        description="the local token issuer's key; meshes that share it take each other's tokens; unset: in run_dir",
+    )
     certificate_hours: float = Field(24.0, gt=0, le=8760, description="life of a certificate; renewed at half of it")
     authority_days: float = Field(365.0, gt=0, le=36500, description="life of the authority, made at the first start")
 

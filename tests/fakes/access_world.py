@@ -92,7 +92,7 @@ class AccessWorld:
     def door(self, policy: Policy, workload: Workload) -> int:
         """A listener without TLS, as the ingress is, with the access filters of the workload; returns its port."""
         port = self._port()
-        self._listeners.append(_direct(f"door-{port}", port, access_filters(policy, workload)))
+        self._listeners.append(_direct(f"door-{port}", port, access_filters(policy, workload, chooses_routes=True)))
         return port
 
     def start(self) -> Self:

@@ -34,14 +34,14 @@ def peer_mode(policy: Policy, workload: Workload, port: int) -> Mode:
     return mode
 
 
-def access_filters(policy: Policy, workload: Workload, port: int = 0) -> list[Json]:
-    """The HTTP filters in front of a workload.
+def access_filters(policy: Policy, workload: Workload, port: int = 0, *, chooses_routes: bool = False) -> list[Json]:
+    """The HTTP filters in front of a workload. `chooses_routes`: a gateway, whose routes may look at claims' headers.
 
     `port` is the number that policies know the listener by. It decides `ports` conditions here and now: the local
     listener's own port, which Envoy would look at, is another one. 0 leaves them to Envoy.
     """
     tokens = [item for item in policy.request_authentications if concerns(item, workload)]
-    filters = token_filter([rule for item in tokens for rule in item.spec.jwt_rules])
+    filters = token_filter([rule for item in tokens for rule in item.spec.jwt_rules], chooses_routes)
     policies = [item for item in policy.authorization_policies if concerns(item, workload)]
     for action, name in _ACTIONS:
         if chosen := [item for item in policies if item.spec.action == action]:

@@ -73,7 +73,8 @@ def outbound_listeners(views: Iterable[View], node: NodeSettings) -> list[Json]:
 
 def ingress_listener(policy: Policy, view: View, node: NodeSettings) -> Json:
     """The door."""
-    filters = [*access_filters(policy, ingress_workload(node)), *edge_filters(policy, node), *_FILTERS]
+    access = access_filters(policy, ingress_workload(node), chooses_routes=True)
+    filters = [*access, *edge_filters(policy, node), *_FILTERS]
     manager = connection_manager(view.name, "envoy-ingress", filters, view.world, node)
     manager |= {
         "use_remote_address": True,

@@ -20,8 +20,8 @@ _SPACED = ("permission", "scope")
 _MISSING: Json = {"allow_missing": {}}
 
 
-def token_filter(rules: Sequence[JwtRule]) -> list[Json]:
-    """The filter, or nothing where no issuer is known."""
+def token_filter(rules: Sequence[JwtRule], clear_route_cache: bool) -> list[Json]:
+    """The filter, or nothing where no issuer is known. The cached route was chosen before claims became headers."""
     if not rules:
         return []
     ordered = sorted(rules, key=lambda rule: rule.issuer)
@@ -34,14 +34,14 @@ def token_filter(rules: Sequence[JwtRule]) -> list[Json]:
         requires = {"requires_any": {"requirements": [*({"provider_name": name} for name in names), every]}}
     config = {
         "@type": TYPE_URL + "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
-        "providers": {name: _provider(rule) for name, rule in zip(names, ordered, strict=True)},
+        "providers": {name: _provider(rule, clear_route_cache) for name, rule in zip(names, ordered, strict=True)},
         "rules": [{"match": {"prefix": "/"}, "requires": requires}],
         "bypass_cors_preflight": True,
     }
     return [{"name": JWT_FILTER, "typed_config": config}]
 
 
-def _provider(rule: JwtRule) -> Json:
+def _provider(rule: JwtRule, clear_route_cache: bool) -> Json:
     keys = rule.jwks if rule.jwks is not None else keys_of_nobody(rule.jwks_uri or "")
     provider: Json = {
         "issuer": rule.issuer,
@@ -52,6 +52,8 @@ def _provider(rule: JwtRule) -> Json:
         },
         "local_jwks": {"inline_string": keys},
     }
+    if clear_route_cache:
+        provider["clear_route_cache"] = True
     if rule.audiences:
         provider["audiences"] = list(rule.audiences)
     if rule.from_headers:
