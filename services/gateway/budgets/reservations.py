@@ -126,7 +126,7 @@ class Budgets:
 
     async def close(self) -> None:
         """Puts back what is on its way and closes the store."""
-        if self._tasks:
+        while self._tasks:  # the end of one may begin another
             await asyncio.wait(self._tasks)
         await self._ledger.close()
 
