@@ -14,14 +14,16 @@ import yaml
 from pydantic import ValidationError
 
 from services.mesh.policy.destination_rule import DestinationRule
+from services.mesh.policy.envoy_filter import EnvoyFilter
 from services.mesh.policy.objects import ObjectKey, Policy, PolicyObject, key_of
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
 from services.mesh.policy.problems import PolicyError, Problem
 from services.mesh.policy.refusals import explain, short, unsupported_kind
 from services.mesh.policy.virtual_service import VirtualService
 
-_KINDS: dict[str, type[PolicyObject]] = {
-    kind.__name__: kind for kind in (VirtualService, DestinationRule, ServiceEntry, InferencePool, Gateway, Telemetry)
+KINDS: dict[str, type[PolicyObject]] = {
+    kind.__name__: kind
+    for kind in (VirtualService, DestinationRule, ServiceEntry, InferencePool, Gateway, Telemetry, EnvoyFilter)
 }
 _SUFFIXES = {".yaml", ".yml"}
 _NOT_POLICY = {"kustomization.yaml", "kustomization.yml"}
@@ -79,6 +81,7 @@ def _policy(items: Any, files: dict[ObjectKey, str]) -> Policy:
         inference_pools=tuple(item for item in kept if isinstance(item, InferencePool)),
         gateways=tuple(item for item in kept if isinstance(item, Gateway)),
         telemetries=tuple(item for item in kept if isinstance(item, Telemetry)),
+        envoy_filters=tuple(item for item in kept if isinstance(item, EnvoyFilter)),
         files=files,
     )
 
@@ -161,9 +164,9 @@ def _object(document: Any, file: str, index: int, problems: list[Problem]) -> Po
     metadata = document.get("metadata")
     name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
     label = "/".join(part if isinstance(part, str) and len(part) <= 253 else short(part) for part in (kind, name))
-    model = _KINDS.get(kind) if isinstance(kind, str) else None
+    model = KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
-        problems.append(Problem(file, label, "kind", unsupported_kind(kind, tuple(_KINDS))))
+        problems.append(Problem(file, label, "kind", unsupported_kind(kind, tuple(KINDS))))
         return None
     try:
         return model.model_validate_json(json.dumps(document, allow_nan=False))

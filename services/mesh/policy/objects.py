@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from services.mesh.policy.destination_rule import DestinationRule
+from services.mesh.policy.envoy_filter import EnvoyFilter
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 CLUSTER_DOMAIN = "svc.cluster.local"
 
-PolicyObject = VirtualService | DestinationRule | ServiceEntry | InferencePool | Gateway | Telemetry
+PolicyObject = VirtualService | DestinationRule | ServiceEntry | InferencePool | Gateway | Telemetry | EnvoyFilter
 ObjectKey = tuple[str, str, str]
 """Kind, namespace, name: what identifies an object within its cluster."""
 
@@ -24,6 +25,7 @@ class Policy:
     inference_pools: tuple[InferencePool, ...] = ()
     gateways: tuple[Gateway, ...] = ()
     telemetries: tuple[Telemetry, ...] = ()
+    envoy_filters: tuple[EnvoyFilter, ...] = ()
     files: Mapping[ObjectKey, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[PolicyObject]:
@@ -33,6 +35,7 @@ class Policy:
         yield from self.inference_pools
         yield from self.gateways
         yield from self.telemetries
+        yield from self.envoy_filters
 
     def file_of(self, item: PolicyObject) -> str:
         """The file `item` came from, or nothing for an object made in memory."""

@@ -102,7 +102,8 @@ class ServerPort(Strict):
 
     number: PortNumber
     name: RouteName
-    protocol: Literal["HTTP", "HTTP2", "GRPC"]
+    protocol: Literal["HTTP", "HTTP2", "GRPC", "GRPC-WEB"]
+    """All four are the same door (HTTP/1.1 and HTTP/2); GRPC-WEB adds the translation of gRPC-Web calls."""
 
 
 class Server(Strict):

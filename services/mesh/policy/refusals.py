@@ -12,7 +12,6 @@ _UNSUPPORTED = f"not supported by the local control plane (Istio {ISTIO_VERSION}
 _ISTIO_KINDS = frozenset(
     {
         "AuthorizationPolicy",
-        "EnvoyFilter",
         "PeerAuthentication",
         "ProxyConfig",
         "RequestAuthentication",

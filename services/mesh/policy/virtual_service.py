@@ -98,11 +98,75 @@ class WeightedDestination(Strict):
     headers: Headers | None = None
 
 
+class RegexRewrite(Strict):
+    """RE2: every part of the path that `match` finds becomes `rewrite`, in which `\\1` is the first group."""
+
+    match: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    rewrite: Text
+
+
 class Rewrite(Strict):
-    istio_has: ClassVar[frozenset[str]] = frozenset({"uriRegexRewrite"})
+    uri: Annotated[str, StringConstraints(max_length=1024, pattern=r"^/")] | None = None
+    authority: Text | None = None
+    uri_regex_rewrite: RegexRewrite | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.uri is not None and self.uri_regex_rewrite is not None:
+            raise PydanticCustomError("one_of", "give uri or uriRegexRewrite, not both")
+        return self
+
+
+class Redirect(Strict):
+    """An answer that sends the caller elsewhere; 301 unless `redirectCode` says otherwise."""
 
     uri: Annotated[str, StringConstraints(max_length=1024, pattern=r"^/")] | None = None
     authority: Text | None = None
+    port: PortNumber | None = None
+    derive_port: Literal["FROM_PROTOCOL_DEFAULT", "FROM_REQUEST_PORT"] | None = None
+    scheme: Literal["http", "https"] | None = None
+    redirect_code: Literal[301, 302, 303, 307, 308] = 301
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.port is not None and self.derive_port is not None:
+            raise PydanticCustomError("one_of", "give port or derivePort, not both")
+        return self
+
+
+class Body(Strict):
+    istio_has: ClassVar[frozenset[str]] = frozenset({"bytes"})
+
+    string: Annotated[str, StringConstraints(max_length=4096)]
+
+
+class DirectResponse(Strict):
+    """An answer of the proxy's own. Envoy keeps its body in memory, hence the bound."""
+
+    status: Annotated[int, Field(ge=200, le=599)]
+    body: Body | None = None
+
+
+class CorsPolicy(Strict):
+    """Which web pages may call. Without an origin here browsers let none."""
+
+    istio_has: ClassVar[frozenset[str]] = frozenset({"allowOrigin"})
+
+    allow_origins: tuple[StringMatch, ...] = Field(default=(), max_length=MAX_LIST)
+    allow_methods: tuple[Annotated[str, StringConstraints(pattern=r"^(\*|[A-Z]{1,16})$")], ...] = Field(
+        default=(), max_length=16
+    )
+    allow_headers: tuple[HeaderName, ...] = Field(default=(), max_length=MAX_LIST)
+    expose_headers: tuple[HeaderName, ...] = Field(default=(), max_length=MAX_LIST)
+    max_age: PositiveDuration | None = None
+    allow_credentials: bool | None = None
+    unmatched_preflights: Literal["UNSPECIFIED", "FORWARD", "IGNORE"] = "UNSPECIFIED"
+
+    @model_validator(mode="after")
+    def _origins(self) -> Self:
+        if any(origin.is_presence for origin in self.allow_origins):
+            raise PydanticCustomError("cors", "an origin needs exact, prefix or regex; for all of them say regex: '.*'")
+        return self
 
 
 class Retries(Strict):
@@ -160,13 +224,14 @@ class Mirror(Strict):
 class Route(Strict):
     """One rule: any of `match`, then `route` by weight."""
 
-    istio_has: ClassVar[frozenset[str]] = frozenset(
-        {"corsPolicy", "delegate", "directResponse", "redirect", "mirrorPercent", "mirror_percent"}
-    )
+    istio_has: ClassVar[frozenset[str]] = frozenset({"delegate", "mirrorPercent", "mirror_percent"})
 
     name: RouteName | None = None
     match: tuple[Match, ...] = Field(default=(), max_length=MAX_LIST)
-    route: tuple[WeightedDestination, ...] = Field(min_length=1, max_length=16)
+    route: tuple[WeightedDestination, ...] = Field(default=(), max_length=16)
+    redirect: Redirect | None = None
+    direct_response: DirectResponse | None = None
+    cors_policy: CorsPolicy | None = None
     rewrite: Rewrite | None = None
     timeout: Duration | None = None
     retries: Retries | None = None
@@ -183,6 +248,18 @@ class Route(Strict):
         if self.mirror is not None and self.mirrors:
             raise PydanticCustomError("mirror", "give mirror or mirrors, not both")
         return self
+
+    @model_validator(mode="after")
+    def _one_action(self) -> Self:
+        if sum((bool(self.route), self.redirect is not None, self.direct_response is not None)) != 1:
+            raise PydanticCustomError("one_of", "give exactly one of route, redirect, directResponse")
+        if not self.route and self.model_fields_set & _ONLY_WITH_ROUTE:
+            names = ", ".join(sorted(_ONLY_WITH_ROUTE))
+            raise PydanticCustomError("one_of", "without route nothing is forwarded; remove {names}", {"names": names})
+        return self
+
+
+_ONLY_WITH_ROUTE = {"rewrite", "timeout", "retries", "mirror", "mirrors"}
 
 
 class VirtualServiceSpec(Strict):

@@ -24,6 +24,9 @@ def clusters(world: World, node: NodeSettings) -> list[Json]:
 def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
     name = cluster_name(host.name, port.number, subset)
     traffic = host.policy(port.number, subset)
+    istio: Json = {"services": [{"host": host.name}], "subset": subset or "default"}
+    if host.rule:
+        istio["config"] = host.rule
     pool = traffic.connection_pool
     tcp = pool.tcp if pool is not None else TcpSettings()
     http = pool.http if pool is not None else HttpSettings()
@@ -36,7 +39,7 @@ def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
         "circuit_breakers": {"thresholds": [_thresholds(tcp, http, traffic)]},
         "common_lb_config": _common_lb(traffic, node),
         "typed_extension_protocol_options": {_HTTP_OPTIONS: _http_options(tcp, http, is_http2=port.is_http2)},
-        "metadata": {"filter_metadata": {"istio": {"services": [{"host": host.name}], "subset": subset or "default"}}},
+        "metadata": {"filter_metadata": {"istio": istio}},
         **balancing(traffic.load_balancer, is_picked=host.picked_by is not None),
         **_discovery(host, port, subset, traffic, node),
     }

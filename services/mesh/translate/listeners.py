@@ -4,6 +4,7 @@ Whatever changes often is not here: a changed listener is drained, and draining 
 """
 
 from services.mesh.policy import Policy
+from services.mesh.translate.edge_filters import CORS_FILTER, edge_filters
 from services.mesh.translate.names import DESTINATION_HEADER, LISTENER, TYPE_URL, Json, seconds, socket_address
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import picker_filter
@@ -54,7 +55,7 @@ def listeners(policy: Policy, world: World, node: NodeSettings) -> list[Json]:
     outbound["early_header_mutation_extensions"] = [_removal((DESTINATION_HEADER,))]
     result = [_listener(OUTBOUND, node.outbound_port, outbound, node)]
     if policy.gateways:
-        ingress = _manager(INGRESS, "envoy-ingress", [], sampling, node)
+        ingress = _manager(INGRESS, "envoy-ingress", edge_filters(policy, node), sampling, node)
         ingress |= {
             "use_remote_address": True,
             "request_headers_timeout": seconds(node.request_headers_timeout_s),
@@ -136,6 +137,7 @@ _FILTERS: tuple[Json, ...] = (
         },
     },
     {"name": FAULT, "typed_config": {"@type": _HTTP + "fault.v3.HTTPFault"}},
+    CORS_FILTER,
     {"name": "envoy.filters.http.router", "typed_config": {"@type": _HTTP + "router.v3.Router"}},
 )
 

@@ -20,7 +20,7 @@ def route_match(match: Match) -> Json:
         result["query_parameters"] = [
             {"name": name, "present_match": True}
             if value.is_presence
-            else {"name": name, "string_match": _string(value)}
+            else {"name": name, "string_match": string_match(value)}
             for name, value in sorted(match.query_params.items())
         ]
     return result
@@ -39,7 +39,7 @@ def _path(uri: StringMatch | None) -> Json:
 def _header(name: str, value: StringMatch) -> Json:
     if value.is_presence:
         return {"name": name, "present_match": True}
-    return {"name": name, "string_match": _string(value)}
+    return {"name": name, "string_match": string_match(value)}
 
 
 def _absent(name: str, value: StringMatch) -> Json:
@@ -47,7 +47,8 @@ def _absent(name: str, value: StringMatch) -> Json:
     return inverted if value.is_presence else {**inverted, "treat_missing_header_as_empty": True}
 
 
-def _string(value: StringMatch) -> Json:
+def string_match(value: StringMatch) -> Json:
+    """exact, prefix or regex, in Envoy's words."""
     if value.exact is not None:
         return {"exact": value.exact}
     if value.prefix is not None:

@@ -1,7 +1,10 @@
 """Names and small values in the form Istio gives them inside Envoy's configuration."""
 
+import re
 from datetime import timedelta
 from typing import Any
+
+from services.mesh.policy.base import Document
 
 Json = dict[str, Any]
 
@@ -37,6 +40,18 @@ def seconds(span: timedelta | float) -> str:
 def share(percent: float) -> Json:
     """A percentage as Istio writes fractions: in millionths."""
     return {"numerator": round(percent * 10_000), "denominator": "MILLION"}
+
+
+def config_path(item: Document) -> str:
+    """How Istio names the object that a resource was made from."""
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", item.kind).lower()
+    return f"/apis/{item.api_version}/namespaces/{item.metadata.namespace}/{kind}/{item.metadata.name}"
+
+
+def origin(item: Document, path: str = "") -> Json:
+    """Filter metadata that says where a resource comes from: Istio's object, and our own path within it."""
+    place: Json = {"autoglm": {"path": path}} if path else {}
+    return {"istio": {"config": config_path(item)}, **place}
 
 
 def socket_address(address: str, port: int) -> Json:

@@ -10,9 +10,11 @@ from services.mesh.policy import Policy
 from services.mesh.policy.checks import GRPC_STATUS
 from services.mesh.policy.objects import gateway_name, qualified
 from services.mesh.policy.virtual_service import MESH, Destination, Fault, Headers, Match, Route, VirtualService
+from services.mesh.translate.answers import direct_response, redirect
 from services.mesh.translate.balancing import hash_policy
+from services.mesh.translate.edge_filters import CORS, cors_policy
 from services.mesh.translate.matching import route_match
-from services.mesh.translate.names import ROUTES, TYPE_URL, Json, cluster_name, domains, seconds, share
+from services.mesh.translate.names import ROUTES, TYPE_URL, Json, cluster_name, domains, origin, seconds, share
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import EXT_PROC, per_route
 from services.mesh.translate.retrying import retry_policy
@@ -89,12 +91,14 @@ def _routes(service: VirtualService, world: World, node: NodeSettings, gateway: 
     """One Envoy route per `match` entry. What follows a catch-all could never be reached and is dropped."""
     routes: list[Json] = []
     for number, route in enumerate(service.spec.http):
-        for match in route.match or (Match(),):
+        for index, match in enumerate(route.match or (Match(),)):
             here = {gateway_name(name, service.metadata.namespace) for name in match.gateways}
             if (here and gateway not in here) or (match.port is not None and match.port != port):
                 continue
             translated = _route(route, match, service, world, node, port)
             translated["name"] = route.name or f"{service.metadata.name}-{number}"
+            path = f"spec.http[{number}]" + (f".match[{index}]" if route.match else "")
+            translated["metadata"] = {"filter_metadata": origin(service, path)}
             routes.append(translated)
             if translated["match"] == {"prefix": "/"}:
                 return routes
@@ -115,11 +119,32 @@ def _plain(host: Host, port: int, node: NodeSettings) -> Json:
 
 
 def _route(route: Route, match: Match, service: VirtualService, world: World, node: NodeSettings, port: int) -> Json:
-    namespace = service.metadata.namespace
+    result: Json = {"match": route_match(match)}
+    filters: Json = {}
+    if route.redirect is not None:
+        result["redirect"] = redirect(route.redirect, port)
+        _add_headers(result, {}, (route.headers,))
+    elif route.direct_response is not None:
+        result["direct_response"] = direct_response(route.direct_response)
+        _add_headers(result, {}, (route.headers,))
+    else:
+        _forward(result, filters, route, service.metadata.namespace, world, node, port)
+    if route.fault is not None:
+        filters[FAULT] = _fault(route.fault)
+    if route.cors_policy is not None:
+        filters[CORS] = cors_policy(route.cors_policy)
+    if filters:
+        result["typed_per_filter_config"] = filters
+    return result
+
+
+def _forward(
+    result: Json, filters: Json, route: Route, namespace: str, world: World, node: NodeSettings, port: int
+) -> None:
+    """Fills in what a route that leads to services says."""
     targets = [(item, *_resolve(item.destination, namespace, world, port)) for item in route.route]
     action: Json = _timeout(seconds(route.timeout) if route.timeout is not None else "0s")
-    result: Json = {"match": route_match(match), "route": action}
-    filters: Json = {}
+    result["route"] = action
     if len(targets) == 1:
         item, host, number = targets[0]
         action["cluster"] = cluster_name(host.name, number, item.destination.subset or "")
@@ -144,21 +169,20 @@ def _route(route: Route, match: Match, service: VirtualService, world: World, no
     hashes = _hashes((host, number, item.destination.subset or "") for item, host, number in targets)
     if hashes:
         action["hash_policy"] = hashes
-    retries = retry_policy(route.retries, is_hashed=bool(hashes))
+    # Istio looks at the hash of a single destination only: with weights a retry avoids the host that failed.
+    retries = retry_policy(route.retries, is_hashed=bool(hashes) and len(targets) == 1)
     if retries is not None:
         action["retry_policy"] = retries
     if route.rewrite is not None and route.rewrite.uri is not None:
         action["prefix_rewrite"] = route.rewrite.uri
+    if route.rewrite is not None and route.rewrite.uri_regex_rewrite is not None:
+        rewrite = route.rewrite.uri_regex_rewrite
+        action["regex_rewrite"] = {"pattern": {"regex": rewrite.match}, "substitution": rewrite.rewrite}
     if route.rewrite is not None and route.rewrite.authority is not None:
         action["host_rewrite_literal"] = route.rewrite.authority
     mirrors = _mirrors(route, namespace, world, port)
     if mirrors:
         action["request_mirror_policies"] = mirrors
-    if route.fault is not None:
-        filters[FAULT] = _fault(route.fault)
-    if filters:
-        result["typed_per_filter_config"] = filters
-    return result
 
 
 def _timeout(span: str) -> Json:

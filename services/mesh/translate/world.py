@@ -11,6 +11,7 @@ from services.mesh.policy.destination_rule import PortPolicy, Subset, TrafficPol
 from services.mesh.policy.objects import qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry, Telemetry
 from services.mesh.registry import Endpoint, Registry
+from services.mesh.translate.names import config_path
 
 _BLOCKS = (*PortPolicy.model_fields, "retry_budget")
 
@@ -51,6 +52,8 @@ class Host:
     subsets: tuple[Subset, ...]
     traffic: TrafficPolicy | None
     picked_by: PickedBy | None
+    rule: str = ""
+    """The DestinationRule it follows, by Istio's name for the object."""
 
     def port(self, number: int) -> Port:
         """The port of that number (checked before translation)."""
@@ -99,7 +102,8 @@ def _host(policy: Policy, name: str, ports: tuple[Port, ...], *, dns: bool, pool
         picker = qualified(ref.name, pool.metadata.namespace)
         picked_by = PickedBy(picker, ref.port.number, ref.failure_mode == "FailOpen")
     subsets = rule.spec.subsets if rule is not None else ()
-    return Host(name, ports, dns, subsets, rule.spec.traffic_policy if rule is not None else None, picked_by)
+    traffic = rule.spec.traffic_policy if rule is not None else None
+    return Host(name, ports, dns, subsets, traffic, picked_by, config_path(rule) if rule is not None else "")
 
 
 def _entry_ports(entry: ServiceEntry, name: str) -> tuple[Port, ...]:

@@ -450,3 +450,181 @@ def test_a_weight_changes_routes_only_and_an_endpoint_its_file_only() -> None:
     ]
     assert before.steps_from(before) == ()
     assert [kind for step in before.steps_from(None) for kind in step.files][-1] == "lds/lds.json"
+
+
+def ingress(policy: Policy = EVERYTHING) -> list[dict[str, Any]]:
+    """The routes of the door."""
+    found: list[dict[str, Any]] = translate(policy, registry(), NODE).routes[1]["virtual_hosts"][0]["routes"]
+    return found
+
+
+def test_a_route_says_which_object_it_comes_from() -> None:
+    """Istio's name for the VirtualService, as in a cluster's own dump, and the place within it."""
+    assert [route["metadata"]["filter_metadata"] for route in routes(f"{WORKERS}:50051")] == [
+        {
+            "istio": {"config": "/apis/networking.istio.io/v1/namespaces/autoglm/virtual-service/workers"},
+            "autoglm": {"path": path},
+        }
+        for path in ("spec.http[0].match[0]", "spec.http[0].match[1]", "spec.http[1]")
+    ]
+    assert cluster(f"outbound|50051|v1|{WORKERS}")["metadata"]["filter_metadata"]["istio"] == {
+        "config": "/apis/networking.istio.io/v1/namespaces/autoglm/destination-rule/workers",
+        "services": [{"host": WORKERS}],
+        "subset": "v1",
+    }
+
+
+def test_a_route_may_answer_by_itself() -> None:
+    """Redirects are 301 and leave out the scheme's own port; a direct answer has its body in the route."""
+    _, rewritten, moved, here, direct = ingress()
+    assert rewritten["route"]["regex_rewrite"] == {"pattern": {"regex": "^/v0/([a-z]+)"}, "substitution": "/v1/\\1"}
+    assert moved["redirect"] == {
+        "host_redirect": "models.example",
+        "path_redirect": "/new",
+        "port_redirect": 8443,
+        "response_code": "PERMANENT_REDIRECT",
+        "scheme_redirect": "https",
+    }
+    assert here["redirect"] == {"path_redirect": "/there", "response_code": "MOVED_PERMANENTLY"}
+    assert direct["direct_response"] == {"status": 200, "body": {"inline_string": "User-agent: *"}}
+    assert direct["response_headers_to_add"][0]["header"] == {"key": "content-type", "value": "text/plain"}
+    assert not {"route"} & (moved.keys() | here.keys() | direct.keys())
+
+
+def test_cors_is_the_routes_and_its_filter_every_listeners() -> None:
+    """Istio's mapping: always enabled, preflights of strangers forwarded unless IGNORE, age in whole seconds."""
+    assert ingress()[0]["typed_per_filter_config"]["envoy.filters.http.cors"] == {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy",
+        "allow_origin_string_match": [
+            {"exact": "https://app.example"},
+            {"prefix": "https://dev."},
+            {"safe_regex": {"regex": "https://.*[.]example"}},
+        ],
+        "filter_enabled": {"default_value": {"numerator": 100, "denominator": "HUNDRED"}},
+        "forward_not_matching_preflights": False,
+        "allow_methods": "GET,POST",
+        "allow_headers": "authorization,content-type",
+        "expose_headers": "x-request-id",
+        "max_age": "86400",
+        "allow_credentials": True,
+    }
+    silent = _edited(
+        ingress_routes=[{"route": [{"destination": {"host": "gateway", "port": {"number": 8000}}}], "corsPolicy": {}}]
+    )
+    assert ingress(silent)[0]["typed_per_filter_config"]["envoy.filters.http.cors"] == {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy",
+        "allow_origin_string_match": [],
+        "filter_enabled": {"default_value": {"numerator": 100, "denominator": "HUNDRED"}},
+        "forward_not_matching_preflights": True,
+    }
+
+
+def _edited(ingress_routes: list[dict[str, Any]]) -> Policy:
+    """The sample with other routes at the door."""
+    changed = []
+    for service in EVERYTHING.virtual_services:
+        data = service.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        if service.metadata.name == "ingress":
+            data["spec"]["http"] = ingress_routes
+        changed.append(type(service).model_validate_json(json.dumps(data)))
+    return replace(EVERYTHING, virtual_services=tuple(changed))
+
+
+def filters(policy: Policy) -> dict[str, list[str]]:
+    """The names of the HTTP filters of each listener, in order."""
+    return {
+        item["name"]: [
+            part["name"].removeprefix("envoy.filters.http.")
+            for part in item["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
+        ]
+        for item in translate(policy, registry(), NODE).listeners
+    }
+
+
+def test_the_door_translates_and_compresses_only_where_the_policy_says_so() -> None:
+    """GRPC-WEB on the Gateway's port adds its filter, an EnvoyFilter its compressors; a plain door has neither."""
+    plain = ["grpc_stats", "fault", "cors", "router"]
+    found = filters(EVERYTHING)
+    assert found["ingress"] == ["grpc_web", "compressor", "compressor", *plain]
+    assert found["outbound"] == ["ext_proc", *plain]
+    bare = load(Path(__file__).resolve().parents[3] / "istio" / "base")
+    data = bare.gateways[0].model_dump(mode="json", by_alias=True)
+    data["spec"]["servers"][0]["port"]["protocol"] = "HTTP"
+    gateway = type(bare.gateways[0]).model_validate_json(json.dumps(data))
+    assert filters(replace(bare, gateways=(gateway,)))["ingress"] == plain
+
+
+def test_a_compressor_is_passed_on_as_written() -> None:
+    """What Istio would patch into Envoy and what we put there are the same bytes."""
+    written = EVERYTHING.envoy_filters[0].spec.config_patches[1].patch.value
+    listener = next(item for item in translate(EVERYTHING, registry(), NODE).listeners if item["name"] == "ingress")
+    found = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][2]
+    assert found == {
+        "name": written.name,
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.compressor.v3.Compressor",
+            "compressor_library": {
+                "name": "gzip",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.compression.gzip.compressor.v3.Gzip",
+                    "compression_level": "BEST_SPEED",
+                    "memory_level": 5,
+                    "window_bits": 12,
+                },
+            },
+            "response_direction_config": {
+                "common_config": {"min_content_length": 1024, "content_type": ["application/json"]}
+            },
+        },
+    }
+    elsewhere = EVERYTHING.envoy_filters[0].model_dump(mode="json", by_alias=True, exclude_none=True)
+    elsewhere["spec"]["workloadSelector"]["labels"] = {"istio": "other"}
+    other = type(EVERYTHING.envoy_filters[0]).model_validate_json(json.dumps(elsewhere))
+    assert "compressor" not in filters(replace(EVERYTHING, envoy_filters=(other,)))["ingress"]
+
+
+def test_with_weights_a_retry_leaves_its_host_even_where_a_hash_balances() -> None:
+    """Istio looks at the hash of a single destination only."""
+    one = {"destination": {"host": "cache"}}
+    hashed = _edited(ingress_routes=[{"route": [one]}])
+    assert "retry_host_predicate" not in ingress(hashed)[0]["route"]["retry_policy"]
+    two = [{**one, "weight": 50}, {"destination": {"host": "tokenizer"}, "weight": 50}]
+    split = ingress(_edited(ingress_routes=[{"route": two}]))[0]["route"]
+    assert split["retry_policy"]["retry_host_predicate"] == [PREVIOUS_HOSTS]
+    assert len(split["hash_policy"]) == 2
+
+
+def test_unset_fields_of_ejection_and_balancing_stay_envoys() -> None:
+    """Only what is written is told: intervals and thresholds are Envoy's, warm-up has Istio's 10 % and even rise."""
+    text = {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "DestinationRule",
+        "metadata": {"name": "cache", "namespace": "autoglm"},
+        "spec": {
+            "host": "cache",
+            "trafficPolicy": {
+                "outlierDetection": {},
+                "loadBalancer": {"warmup": {"duration": "30s"}},
+                "connectionPool": {"tcp": {}, "http": {}},
+                "retryBudget": {},
+            },
+        },
+    }
+    rule = type(EVERYTHING.destination_rules[0]).model_validate_json(json.dumps(text))
+    found = cluster("outbound|50051||cache.autoglm.svc.cluster.local", Policy(destination_rules=(rule,)))
+    assert found["outlier_detection"] == {"enforcing_success_rate": 0}
+    assert found["common_lb_config"] == {"healthy_panic_threshold": {"value": 0}}
+    assert found["lb_policy"] == "LEAST_REQUEST"
+    assert found["least_request_lb_config"] == {
+        "slow_start_config": {
+            "slow_start_window": "30s",
+            "aggression": {"default_value": 1, "runtime_key": "("},
+            "min_weight_percent": {"value": 10},
+        }
+    }
+    thresholds = found["circuit_breakers"]["thresholds"][0]
+    assert thresholds["retry_budget"] == {"budget_percent": {"value": 20}, "min_retry_concurrency": 3}
+    assert {
+        thresholds[name] for name in ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    } == {UNLIMITED}
+    assert found["connect_timeout"] == "10s"

@@ -9,13 +9,11 @@ import yaml
 
 from services.mesh.policy import Limits, Policy, PolicyError, load
 from services.mesh.policy.base import Strict
-from services.mesh.policy.destination_rule import DestinationRule
-from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
-from services.mesh.policy.virtual_service import VirtualService
+from services.mesh.policy.loading import KINDS
 
 EVERYTHING = Path(__file__).with_name("everything") / "policy.yaml"
 BASE = Path(__file__).resolve().parents[3] / "istio" / "base"
-MODELS = (VirtualService, DestinationRule, ServiceEntry, InferencePool, Gateway, Telemetry)
+MODELS = tuple(KINDS.values())
 
 
 def problems(directory: Path, limits: Limits | None = None) -> list[str]:
@@ -55,9 +53,9 @@ def _refused() -> Iterator[tuple[str, str, str]]:
             for nested in _strict(field.annotation):
                 if isinstance(inner, list):
                     for number, item in enumerate(inner):
-                        yield from walk(nested, item, f"{path}.{field.alias}[{number}]")
+                        yield from walk(nested, item, f"{path}.{field.alias or name}[{number}]")
                 elif isinstance(inner, dict) and not _is_mapping(field.annotation):
-                    yield from walk(nested, inner, f"{path}.{field.alias}")
+                    yield from walk(nested, inner, f"{path}.{field.alias or name}")
 
     for document in documents:
         model = next(model for model in MODELS if model.__name__ == document["kind"])
@@ -117,7 +115,7 @@ metadata: {name: gateway, namespace: autoglm}
 spec:
   hosts: [gateway]
   http:
-    - corsPolicy: {}
+    - delegate: {}
       timeout: fast
       rout: []
       route: [{destination: {host: gateway}, weight: "90"}]
@@ -141,7 +139,7 @@ spec:
     for line in (
         "a.yaml: VirtualService/gateway: spec.http[0].timeout: "
         "must be a duration such as 10s, 1.5s, 250ms or 1h (got 'fast')",
-        f"a.yaml: VirtualService/gateway: spec.http[0].corsPolicy: {unsupported}",
+        f"a.yaml: VirtualService/gateway: spec.http[0].delegate: {unsupported}",
         "a.yaml: VirtualService/gateway: spec.http[0].rout: unknown field; did you mean route?",
         "a.yaml: VirtualService/gateway: spec.http[0].route[0].weight: input should be a valid integer (got '90')",
         f"a.yaml: AuthorizationPolicy/deny: kind: {unsupported}",
