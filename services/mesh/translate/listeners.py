@@ -8,6 +8,7 @@ from services.mesh.translate.edge_filters import CORS_FILTER, edge_filters
 from services.mesh.translate.names import DESTINATION_HEADER, LISTENER, TYPE_URL, Json, seconds, socket_address
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import picker_filter
+from services.mesh.translate.rate_limits import rate_limit_filters
 from services.mesh.translate.routes import FAULT, INGRESS, OUTBOUND
 from services.mesh.translate.world import World
 
@@ -56,6 +57,7 @@ def listeners(policy: Policy, world: World, node: NodeSettings) -> list[Json]:
     result = [_listener(OUTBOUND, node.outbound_port, outbound, node)]
     if policy.gateways:
         ingress = _manager(INGRESS, "envoy-ingress", edge_filters(policy, node), sampling, node)
+        ingress["http_filters"][-1:-1] = rate_limit_filters(policy)  # before the router, as the patch says
         ingress |= {
             "use_remote_address": True,
             "request_headers_timeout": seconds(node.request_headers_timeout_s),

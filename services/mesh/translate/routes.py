@@ -17,6 +17,7 @@ from services.mesh.translate.matching import route_match
 from services.mesh.translate.names import ROUTES, TYPE_URL, Json, cluster_name, domains, origin, seconds, share
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import EXT_PROC, per_route
+from services.mesh.translate.rate_limits import host_rate_limits
 from services.mesh.translate.retrying import retry_policy
 from services.mesh.translate.world import Host, World
 
@@ -56,7 +57,9 @@ def ingress_routes(policy: Policy, world: World, node: NodeSettings) -> Json:
                 host = qualified(pattern, namespace)
                 if any(_admits(allowed, host) for allowed in server.hosts):
                     routes = _routes(service, world, node, name, server.port.number)
-                    hosts.append(_virtual_host(f"{host}:{server.port.number}", [host], routes))
+                    hosts.append(
+                        _virtual_host(f"{host}:{server.port.number}", [host], routes) | host_rate_limits(policy)
+                    )
     return _configuration(INGRESS, hosts)
 
 
