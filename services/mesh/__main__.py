@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from services.chassis.settings import read
-from services.mesh import model, policy, start, state, topology
+from services.mesh import commands, model, policy, start, state, topology
 from services.mesh.local import CannotStart, LocalMesh
 from services.mesh.policy import PolicyError
 from services.mesh.rundir import AlreadyRunning, RunDirectory
@@ -27,6 +27,7 @@ from services.mesh.topology import TopologyError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console(width=None if sys.stdout.isatty() else 160)
+commands.add_to(app, console)
 
 
 @app.command()

@@ -7,6 +7,7 @@ running Envoy, whose acceptance is read back. What fails any of them is undone a
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import logging
@@ -18,6 +19,8 @@ from pathlib import Path
 from services.mesh import envoy, policy
 from services.mesh.envoy import Admin, Invalid
 from services.mesh.policy import Policy, PolicyError
+from services.mesh.policy.kustomize import KUSTOMIZATION, folders
+from services.mesh.policy.reading import DEFAULT_LIMITS
 from services.mesh.registry import Registry
 from services.mesh.rundir import write_atomically
 from services.mesh.state import PolicyState, RouteWeight
@@ -230,13 +233,28 @@ class Control:
 def fingerprint(directory: Path) -> Fingerprint:
     """Changes whenever a policy file does. Cheap enough to ask ten times a second."""
     found = []
-    for path in sorted(directory.rglob("*.y*ml")):
+    for path in sorted({path for folder in _folders(directory) for path in folder.rglob("*.y*ml")}):
         try:
             status = path.stat()
         except OSError:  # an editor is replacing it
             continue
         found.append((str(path), status.st_mtime_ns, status.st_size, status.st_ino))
     return tuple(found)
+
+
+def _folders(directory: Path) -> tuple[Path, ...]:
+    """The folder, and those its kustomization leads to."""
+    overlay = directory / KUSTOMIZATION
+    try:
+        status = overlay.stat()
+    except OSError:
+        return (directory,)
+    return _folders_as_of(directory, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _folders_as_of(directory: Path, *stamp: int) -> tuple[Path, ...]:
+    return tuple(folders(directory, DEFAULT_LIMITS))
 
 
 def has_settled(found: Fingerprint, now_ns: int) -> bool:

@@ -19,6 +19,10 @@ class Endpoint:
     port: int
     labels: Mapping[str, str] = field(default_factory=dict)
     locality: str = ""
+    network: str = ""
+    """Where the address can be reached directly. From another network the way leads through its east-west gateway."""
+    ramp: float = 1.0
+    """Part of its share that it gets now, above 0: less than 1 for an endpoint whose cloud has just come back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@
 import ipaddress
 from collections.abc import Iterator, Mapping
 
-from services.mesh.policy import suspicions
+from services.mesh.policy import doubts, suspicions
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key_of, qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry
@@ -75,18 +75,24 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
     for service in policy.virtual_services:
         add(service, _virtual_service(service, policy, ports))
         add(service, suspicions.starved(service, policy, registry), is_warning=True)
+        add(service, doubts.routing(service, policy), is_warning=True)
     for rule in policy.destination_rules:
         add(rule, _destination_rule(rule, policy, ports))
         add(rule, suspicions.ejection(rule, registry), is_warning=True)
+        add(rule, doubts.detection(rule), is_warning=True)
+        add(rule, suspicions.failover(rule), is_warning=True)
     for pool in policy.inference_pools:
         add(pool, _pool(pool, policy, registry, ports))
+        add(pool, doubts.nobody_selected(pool, registry), is_warning=True)
     for entry in policy.service_entries:
         add(entry, _service_entry(entry, policy, registry))
-    for gateway in policy.gateways:
+    for item in policy.envoy_filters:
+        add(item, doubts.patches_nothing(item, policy), is_warning=True)
+    for gateway in policy.doors:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
     for second in [item for item in policy.envoy_filters if item.spec.limits][1:]:
         add(second, iter([("spec", "a second rate limit for the ingress; only one is supported")]))
-    for singles in (policy.gateways, policy.telemetries):
+    for singles in (policy.doors, policy.eastwest, policy.telemetries):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
     return tuple(found)

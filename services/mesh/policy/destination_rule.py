@@ -22,8 +22,12 @@ from services.mesh.policy.base import (
     PositiveDuration,
     RouteName,
     Strict,
+    Weight,
 )
 
+LOCALITY_PATTERN = r"^(\*|[A-Za-z0-9._-]+)(/(\*|[A-Za-z0-9._-]+)){0,2}$"
+RegionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$", max_length=128)]
+PriorityLabel = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]+(=[A-Za-z0-9._-]*)?$", max_length=380)]
 CookieText = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\s;,]+$")]
 
 
@@ -103,11 +107,55 @@ class Warmup(Strict):
     aggression: Annotated[float, Field(ge=1, le=100)] | None = None
 
 
+class Distribute(Strict):
+    """Where requests from a place go: weights in percent by place, places with `*` as wildcard."""
+
+    from_: Annotated[str, StringConstraints(pattern=LOCALITY_PATTERN, max_length=256)] = Field(alias="from")
+    to: dict[Annotated[str, StringConstraints(pattern=LOCALITY_PATTERN, max_length=256)], Weight] = Field(
+        min_length=1, max_length=MAX_LIST
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if sum(self.to.values()) != 100 or min(self.to.values()) < 1:
+            raise PydanticCustomError("distribute", "the weights must be at least 1 and add up to 100")
+        return self
+
+
+class Failover(Strict):
+    """The region that takes over when nobody is left in `from`."""
+
+    from_: RegionName = Field(alias="from")
+    to: RegionName
+
+    @model_validator(mode="after")
+    def _elsewhere(self) -> Self:
+        if self.from_ == self.to:
+            raise PydanticCustomError("failover", "from and to must be different regions")
+        return self
+
+
+class LocalityLb(Strict):
+    """Istio takes distribute or failover, and failoverPriority with neither or with failover."""
+
+    distribute: tuple[Distribute, ...] = Field(default=(), max_length=MAX_LIST)
+    failover: tuple[Failover, ...] = Field(default=(), max_length=MAX_LIST)
+    failover_priority: tuple[PriorityLabel, ...] = Field(default=(), max_length=MAX_LIST)
+    enabled: bool = True
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.distribute and (self.failover or self.failover_priority):
+            raise PydanticCustomError("one_of", "give distribute, or failover and failoverPriority, not both")
+        return self
+
+
 class LoadBalancer(Strict):
-    istio_has: ClassVar[frozenset[str]] = frozenset({"localityLbSetting", "zoneAwareLbSetting", "warmupDurationSecs"})
+    istio_has: ClassVar[frozenset[str]] = frozenset({"zoneAwareLbSetting", "warmupDurationSecs"})
 
     simple: Literal["UNSPECIFIED", "LEAST_REQUEST", "LEAST_CONN", "ROUND_ROBIN", "RANDOM"] | None = None
     consistent_hash: ConsistentHash | None = None
+    locality_lb_setting: LocalityLb | None = None
     warmup: Warmup | None = None
 
     @model_validator(mode="after")

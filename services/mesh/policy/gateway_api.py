@@ -165,7 +165,8 @@ def _route(
         names = [listener.name for listener in gateway.spec.listeners]
         if parent.section_name is not None and parent.section_name not in names:
             yield f"{path}.sectionName", f"Gateway/{parent.name} has no listener '{parent.section_name}'"
-    for number, rule in enumerate(route.spec.rules):
+    rules: tuple[HttpRule | GrpcRule, ...] = route.spec.rules
+    for number, rule in enumerate(rules):
         for index, backend in enumerate(rule.backend_refs):
             path = f"spec.rules[{number}].backendRefs[{index}]"
             if backend.kind == "InferencePool":

@@ -37,6 +37,16 @@ class Policy:
         yield from self.telemetries
         yield from self.envoy_filters
 
+    @property
+    def doors(self) -> tuple[Gateway, ...]:
+        """The gateways that clients come through."""
+        return tuple(gateway for gateway in self.gateways if not gateway.passes_through)
+
+    @property
+    def eastwest(self) -> tuple[Gateway, ...]:
+        """The gateways that other clouds come through."""
+        return tuple(gateway for gateway in self.gateways if gateway.passes_through)
+
     def file_of(self, item: PolicyObject) -> str:
         """The file `item` came from, or nothing for an object made in memory."""
         return self.files.get(key_of(item), "")

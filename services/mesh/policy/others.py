@@ -102,16 +102,49 @@ class ServerPort(Strict):
 
     number: PortNumber
     name: RouteName
-    protocol: Literal["HTTP", "HTTP2", "GRPC", "GRPC-WEB"]
-    """All four are the same door (HTTP/1.1 and HTTP/2); GRPC-WEB adds the translation of gRPC-Web calls."""
+    protocol: Literal["HTTP", "HTTP2", "GRPC", "GRPC-WEB", "TLS"]
+    """All but TLS are the same door (HTTP/1.1 and HTTP/2); GRPC-WEB adds the translation of gRPC-Web calls."""
+
+
+class ServerTls(Strict):
+    """Only the mode of an east-west gateway: what the handshake names is passed through, unopened."""
+
+    istio_has: ClassVar[frozenset[str]] = frozenset(
+        {
+            "httpsRedirect",
+            "serverCertificate",
+            "privateKey",
+            "caCertificates",
+            "caCrl",
+            "credentialName",
+            "credentialNames",
+            "caCertCredentialName",
+            "tlsCertificates",
+            "subjectAltNames",
+            "verifyCertificateSpki",
+            "verifyCertificateHash",
+            "minProtocolVersion",
+            "maxProtocolVersion",
+            "cipherSuites",
+        }
+    )
+
+    mode: Literal["AUTO_PASSTHROUGH"]
 
 
 class Server(Strict):
-    istio_has: ClassVar[frozenset[str]] = frozenset({"tls", "bind", "defaultEndpoint"})
+    istio_has: ClassVar[frozenset[str]] = frozenset({"bind", "defaultEndpoint"})
 
     port: ServerPort
+    tls: ServerTls | None = None
     hosts: tuple[HostPattern, ...] = Field(min_length=1, max_length=MAX_LIST)
     name: RouteName | None = None
+
+    @model_validator(mode="after")
+    def _tls_both_ways(self) -> Self:
+        if (self.port.protocol == "TLS") != (self.tls is not None):
+            raise PydanticCustomError("tls", "protocol TLS and a tls block go together")
+        return self
 
 
 class GatewaySpec(Strict):
@@ -123,6 +156,11 @@ class Gateway(Document):
     api_version: Literal["networking.istio.io/v1"]
     kind: Literal["Gateway"]
     spec: GatewaySpec
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether it is the way in for other clouds, rather than a door for clients."""
+        return self.spec.servers[0].tls is not None
 
 
 class Tracing(Strict):

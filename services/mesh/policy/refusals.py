@@ -9,6 +9,7 @@ from pydantic import Tag, ValidationError
 from services.mesh.policy.base import ISTIO_VERSION, Strict
 
 _UNSUPPORTED = f"not supported by the local control plane (Istio {ISTIO_VERSION} has it)"
+GATEWAY_API = "gateway.networking.k8s.io/"
 _ISTIO_KINDS = frozenset(
     {
         "AuthorizationPolicy",
@@ -39,8 +40,13 @@ def explain(error: ValidationError, model: type[Strict]) -> Iterator[tuple[str, 
             yield _path(loc), _plain(item["msg"], item["input"])
 
 
-def unsupported_kind(kind: object, known: tuple[str, ...]) -> str:
+def unsupported_kind(kind: object, known: tuple[str, ...], api_version: object = "") -> str:
     """Why an object of this kind was refused."""
+    if isinstance(api_version, str) and api_version.startswith(GATEWAY_API):
+        return (
+            "the local control plane does not serve the Gateway API; it takes Gateway and VirtualService of "
+            "networking.istio.io (`python -m services.mesh check` checks both)"
+        )
     if isinstance(kind, str) and kind in _ISTIO_KINDS:
         return _UNSUPPORTED
     return f"unknown kind {short(kind)}; supported are {', '.join(known)}"

@@ -6,7 +6,7 @@ Warnings depend on what runs now: a service without any endpoint is starting, an
 import math
 from collections.abc import Iterator
 
-from services.mesh.policy.destination_rule import DestinationRule, OutlierDetection
+from services.mesh.policy.destination_rule import DestinationRule, OutlierDetection, Subset
 from services.mesh.policy.objects import Policy, gateway_name, qualified
 from services.mesh.policy.others import Gateway
 from services.mesh.policy.virtual_service import VirtualService
@@ -27,7 +27,7 @@ def starved(service: VirtualService, policy: Policy, registry: Registry) -> Iter
             subsets = rule.spec.subsets if rule is not None else ()
             subset = next((subset for subset in subsets if subset.name == target.destination.subset), None)
             share = target.weight if len(route.route) > 1 else 100
-            if subset is None or not share or not running:
+            if subset is None or not share or not running or _is_pinned(subset):
                 continue
             if not any(subset.labels.items() <= dict(endpoint.labels).items() for endpoint in running):
                 labels = ", ".join(f"{key}={value}" for key, value in sorted(subset.labels.items()))
@@ -48,6 +48,25 @@ def leads_nowhere(gateway: Gateway, policy: Policy) -> Iterator[Finding]:
     )
     if name not in bound:
         yield "metadata.name", f"no VirtualService names gateway {name}: every request from outside is answered 404"
+
+
+def failover(rule: DestinationRule) -> Iterator[Finding]:
+    """Istio orders places only where outlier detection can tell that one is gone."""
+    policies = [("spec.trafficPolicy", rule.spec.traffic_policy, rule.spec.traffic_policy)]
+    policies += [
+        (f"spec.subsets[{number}].trafficPolicy", subset.traffic_policy, rule.spec.traffic_policy)
+        for number, subset in enumerate(rule.spec.subsets)
+    ]
+    for path, traffic, under in policies:
+        balancer = traffic.load_balancer if traffic is not None else None
+        setting = balancer.locality_lb_setting if balancer is not None else None
+        if traffic is None or setting is None or not (setting.failover or setting.failover_priority):
+            continue
+        if traffic.outlier_detection is None and (under is None or under.outlier_detection is None):
+            yield (
+                f"{path}.loadBalancer.localityLbSetting",
+                "failover needs outlierDetection: without it Istio gives no priorities, and every place gets requests",
+            )
 
 
 def ejection(rule: DestinationRule, registry: Registry) -> Iterator[Finding]:
@@ -78,6 +97,11 @@ def ejection(rule: DestinationRule, registry: Registry) -> Iterator[Finding]:
                         f"ever ejected ({needed}); use 100"
                     ),
                 )
+
+
+def _is_pinned(subset: Subset) -> bool:
+    """A subset that is one cloud by intent: with that cloud down, failing is what was meant."""
+    return any(label.startswith("topology.istio.io/") for label in subset.labels)
 
 
 def _service(registry: Registry, host: str) -> Service | None:

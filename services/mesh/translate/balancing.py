@@ -14,10 +14,14 @@ MINIMUM_RING_SIZE = 1024
 SERVED_KEY = DESTINATION_HEADER + "-served"
 
 
-def balancing(balancer: LoadBalancer | None, *, is_picked: bool) -> Json:
-    """The fields of a cluster that choose its endpoint."""
+def balancing(balancer: LoadBalancer | None, *, is_picked: bool, weighs_places: bool = False) -> Json:
+    """The fields of a cluster that choose its endpoint.
+
+    A balancing policy in the typed form does not see the cluster's `locality_weighted_lb_config`: it has its own.
+    """
     if is_picked:
-        return {"lb_policy": "CLUSTER_PROVIDED", "load_balancing_policy": {"policies": [_override_host(balancer)]}}
+        override = _override_host(balancer, weighs_places)
+        return {"lb_policy": "CLUSTER_PROVIDED", "load_balancing_policy": {"policies": [override]}}
     hashing = balancer.consistent_hash if balancer is not None else None
     if hashing is not None:
         if hashing.maglev is not None:
@@ -71,7 +75,7 @@ def _slow_start(warmup: Warmup) -> Json:
     }
 
 
-def _override_host(balancer: LoadBalancer | None) -> Json:
+def _override_host(balancer: LoadBalancer | None, weighs_places: bool) -> Json:
     config = {
         "@type": _POLICY_TYPES + "override_host.v3.OverrideHost",
         "override_host_sources": [
@@ -79,27 +83,32 @@ def _override_host(balancer: LoadBalancer | None) -> Json:
             {"header": DESTINATION_HEADER},
         ],
         "selected_host_key": {"key": LB_NAMESPACE, "path": [{"key": SERVED_KEY}]},
-        "fallback_policy": {"policies": [_fallback(balancer)]},
+        "fallback_policy": {"policies": [_fallback(balancer, weighs_places)]},
     }
     return _extension("envoy.load_balancing_policies.override_host", config)
 
 
-def _fallback(balancer: LoadBalancer | None) -> Json:
+def _fallback(balancer: LoadBalancer | None, weighs_places: bool) -> Json:
     hashing = balancer.consistent_hash if balancer is not None else None
+    places: Json = {"locality_lb_config": {"locality_weighted_lb_config": {}}} if weighs_places else {}
     if hashing is not None:
         if hashing.maglev is not None:
             size = {"table_size": hashing.maglev.table_size} if hashing.maglev.table_size is not None else {}
-            return _extension(
-                "envoy.load_balancing_policies.maglev", {"@type": _POLICY_TYPES + "maglev.v3.Maglev", **size}
-            )
+            maglev = {"@type": _POLICY_TYPES + "maglev.v3.Maglev", **size, **_hashed(weighs_places)}
+            return _extension("envoy.load_balancing_policies.maglev", maglev)
         ring = {"@type": _POLICY_TYPES + "ring_hash.v3.RingHash", "minimum_ring_size": _ring_size(hashing)}
+        ring |= _hashed(weighs_places)
         return _extension("envoy.load_balancing_policies.ring_hash", ring)
     name = _LOWER[_simple(balancer)]
-    config: Json = {"@type": f"{_POLICY_TYPES}{name}.v3.{_MESSAGE[name]}"}
+    config: Json = {"@type": f"{_POLICY_TYPES}{name}.v3.{_MESSAGE[name]}", **places}
     warmup = balancer.warmup if balancer is not None else None
     if warmup is not None:
         config["slow_start_config"] = _slow_start(warmup)
     return _extension(f"envoy.load_balancing_policies.{name}", config)
+
+
+def _hashed(weighs_places: bool) -> Json:
+    return {"locality_weighted_lb_config": {}} if weighs_places else {}
 
 
 def _extension(name: str, config: Json) -> Json:

@@ -19,7 +19,7 @@ def translate(policy: Policy, registry: Registry, node: NodeSettings) -> Snapsho
         raise PolicyError(errors)
     world = survey(policy, registry)
     routes = [outbound_routes(policy, world, node)]
-    if policy.gateways:
+    if policy.doors:
         routes.append(ingress_routes(policy, world, node))
     return Snapshot(
         bootstrap=bootstrap(node),

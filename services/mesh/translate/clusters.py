@@ -3,6 +3,7 @@
 from services.mesh.policy.destination_rule import HttpSettings, OutlierDetection, TcpSettings, TrafficPolicy
 from services.mesh.translate.balancing import balancing
 from services.mesh.translate.endpoints import load_assignment, selected
+from services.mesh.translate.localities import is_weighted
 from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, cluster_name, file_name, seconds
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.world import Host, Port, World
@@ -37,10 +38,10 @@ def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
         "connect_timeout": seconds(tcp.connect_timeout) if tcp.connect_timeout is not None else CONNECT_TIMEOUT,
         "per_connection_buffer_limit_bytes": node.buffer_limit_bytes,
         "circuit_breakers": {"thresholds": [_thresholds(tcp, http, traffic)]},
-        "common_lb_config": _common_lb(traffic, node),
+        "common_lb_config": _common_lb(traffic, node, is_picked=host.picked_by is not None),
         "typed_extension_protocol_options": {_HTTP_OPTIONS: _http_options(tcp, http, is_http2=port.is_http2)},
         "metadata": {"filter_metadata": {"istio": istio}},
-        **balancing(traffic.load_balancer, is_picked=host.picked_by is not None),
+        **balancing(traffic.load_balancer, is_picked=host.picked_by is not None, weighs_places=is_weighted(traffic)),
         **_discovery(host, port, subset, traffic, node),
     }
     if traffic.outlier_detection is not None:
@@ -99,10 +100,12 @@ def _thresholds(tcp: TcpSettings, http: HttpSettings, traffic: TrafficPolicy) ->
     return limits
 
 
-def _common_lb(traffic: TrafficPolicy, node: NodeSettings) -> Json:
+def _common_lb(traffic: TrafficPolicy, node: NodeSettings, *, is_picked: bool) -> Json:
     config: Json = {}
     if traffic.outlier_detection is not None:
         config["healthy_panic_threshold"] = {"value": traffic.outlier_detection.min_health_percent}
+    if is_weighted(traffic) and not is_picked:
+        config["locality_weighted_lb_config"] = {}
     if node.update_merge_window_s is not None:
         config["update_merge_window"] = seconds(node.update_merge_window_s)
     return config

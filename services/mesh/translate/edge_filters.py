@@ -24,7 +24,7 @@ def edge_filters(policy: Policy, node: NodeSettings) -> list[Json]:
     gRPC-Web wraps them, and so leaves both kinds of gRPC alone.
     """
     filters: list[Json] = []
-    gateways = [gateway for gateway in policy.gateways if gateway.spec.servers[0].port.protocol == "GRPC-WEB"]
+    gateways = [gateway for gateway in policy.doors if gateway.spec.servers[0].port.protocol == "GRPC-WEB"]
     if gateways:
         filters.append({"name": GRPC_WEB, "typed_config": {"@type": _HTTP + "grpc_web.v3.GrpcWeb"}})
     for item in policy.envoy_filters:
@@ -40,7 +40,7 @@ def edge_filters(policy: Policy, node: NodeSettings) -> list[Json]:
 def is_for_ingress(item: EnvoyFilter, policy: Policy) -> bool:
     """Locally the ingress carries exactly the labels that its Gateway selects."""
     labels = item.spec.workload_selector.labels.items()
-    return any(labels <= gateway.spec.selector.items() for gateway in policy.gateways)
+    return any(labels <= gateway.spec.selector.items() for gateway in policy.doors)
 
 
 def cors_policy(cors: CorsPolicy) -> Json:

@@ -1,6 +1,12 @@
-"""Who answers: endpoints of a port, narrowed to a subset by label, ordered by distance where ejection can use it."""
+"""Who answers: endpoints of a port, narrowed to a subset by label, grouped by place, each at an address we can reach.
+
+An endpoint in another network stands behind that network's east-west gateway: its address is replaced by the gateway's,
+which finds the way by the name in the TLS handshake.
+"""
 
 from services.mesh.policy.destination_rule import TrafficPolicy
+from services.mesh.registry import Endpoint
+from services.mesh.translate.localities import groups
 from services.mesh.translate.names import ENDPOINTS, Json, cluster_name, locality, socket_address
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.world import Host, Member, Port, World
@@ -33,39 +39,47 @@ def selected(host: Host, port: Port, subset: str) -> tuple[Member, ...]:
 
 
 def load_assignment(name: str, members: tuple[Member, ...], traffic: TrafficPolicy, node: NodeSettings) -> Json:
-    """Istio orders localities by distance only where outlier detection can tell that a locality is gone."""
-    places = sorted({member.endpoint.locality for member in members})
-    prefers_near = traffic.outlier_detection is not None and node.locality != ""
-    distances = {place: _distance(place, node.locality) if prefers_near else 0 for place in places}
-    priorities = {distance: rank for rank, distance in enumerate(sorted(set(distances.values())))}
-    groups = []
-    for place in sorted(places, key=lambda item: (distances[item], item)):
-        here = sorted((m for m in members if m.endpoint.locality == place), key=_address)
-        groups.append(
-            {
-                "locality": locality(place),
-                "lb_endpoints": [
-                    {
-                        "endpoint": {"address": socket_address(m.endpoint.address, m.endpoint.port)},
-                        "load_balancing_weight": m.weight,
-                    }
-                    for m in here
-                ],
-                "load_balancing_weight": sum(m.weight for m in here),
-                "priority": priorities[distances[place]],
-            }
+    """Envoy's form of the groups. A place that cannot be reached at all is left out."""
+    found = []
+    for group in groups(members, traffic, node):
+        addresses = _reachable(group.members, node)
+        if addresses:
+            found.append(
+                {
+                    "locality": locality(group.place),
+                    "lb_endpoints": [
+                        {
+                            "endpoint": {"address": socket_address(address, port)},
+                            "load_balancing_weight": weight,
+                        }
+                        for (address, port), weight in sorted(addresses.items())
+                    ],
+                    "load_balancing_weight": group.weight,
+                    "priority": group.priority,
+                }
+            )
+    return {"cluster_name": name, "endpoints": _compact(found)}
+
+
+def is_remote(endpoint: Endpoint, node: NodeSettings) -> bool:
+    """Whether the way leads through a gateway."""
+    return endpoint.network not in ("", node.network)
+
+
+def _reachable(members: tuple[Member, ...], node: NodeSettings) -> dict[tuple[str, int], int]:
+    """Addresses with their weights; the endpoints of another network share the weights of its gateways."""
+    found: dict[tuple[str, int], int] = {}
+    for member in members:
+        there = member.endpoint
+        ways = (
+            node.network_gateways.get(there.network, ()) if is_remote(there, node) else ((there.address, there.port),)
         )
-    return {"cluster_name": name, "endpoints": groups}
+        for way in ways:
+            found[way] = found.get(way, 0) + member.weight
+    return found
 
 
-def _address(member: Member) -> tuple[str, int]:
-    return (member.endpoint.address, member.endpoint.port)
-
-
-def _distance(theirs: str, ours: str) -> int:
-    """0 same subzone, 1 same zone, 2 same region, 3 elsewhere."""
-    there, here = (locality(text) for text in (theirs, ours))
-    for distance, name in enumerate(("region", "zone", "sub_zone")):
-        if there.get(name, "") != here.get(name, ""):
-            return 3 - distance
-    return 0
+def _compact(found: list[Json]) -> list[Json]:
+    """Envoy wants priorities without gaps."""
+    ranks = {rank: number for number, rank in enumerate(sorted({group["priority"] for group in found}))}
+    return [group | {"priority": ranks[group["priority"]]} for group in found]

@@ -55,7 +55,7 @@ def listeners(policy: Policy, world: World, node: NodeSettings) -> list[Json]:
     # Only the picker says where a request goes; what a caller wrote there must not survive a picker that is down.
     outbound["early_header_mutation_extensions"] = [_removal((DESTINATION_HEADER,))]
     result = [_listener(OUTBOUND, node.outbound_port, outbound, node)]
-    if policy.gateways:
+    if policy.doors:
         ingress = _manager(INGRESS, "envoy-ingress", edge_filters(policy, node), sampling, node)
         ingress["http_filters"][-1:-1] = rate_limit_filters(policy)  # before the router, as the patch says
         ingress |= {

@@ -1,6 +1,7 @@
 """What one Envoy is told about itself: where it listens, where its files are, whom it reports to."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,12 @@ class NodeSettings:
     """`host:port` of an OTLP/gRPC receiver; empty: no spans leave Envoy."""
     locality: str = ""
     """`region/zone/subzone` of this node: with outlier detection, nearer endpoints are preferred."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels of this proxy, for `failoverPriority`."""
+    network: str = ""
+    """The network this Envoy is in; endpoints of another one are reached through a gateway of `network_gateways`."""
+    network_gateways: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    """By network: addresses of its east-west gateways. A network without one is unreachable."""
     service_name: str = "autoglm-mesh"
     tracing_sampling_percent: float = 1.0
     """Share of new traces recorded unless a Telemetry object says otherwise (Istio's default is 1 %)."""

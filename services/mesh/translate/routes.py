@@ -46,7 +46,7 @@ def outbound_routes(policy: Policy, world: World, node: NodeSettings) -> Json:
 def ingress_routes(policy: Policy, world: World, node: NodeSettings) -> Json:
     """The virtual hosts of the one Gateway, from every VirtualService that names it."""
     hosts = []
-    for gateway in policy.gateways:
+    for gateway in policy.doors:
         server = gateway.spec.servers[0]
         name = f"{gateway.metadata.namespace}/{gateway.metadata.name}"
         for service in policy.virtual_services:

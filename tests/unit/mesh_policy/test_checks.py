@@ -154,7 +154,7 @@ def test_a_mistake_between_objects_is_found_at_its_place(
 def test_two_virtual_services_for_one_host_are_refused(tmp_path: Path) -> None:
     """Istio would take one of them, and which one is undefined."""
     text = EVERYTHING.read_text()
-    extra = text.split("---\n")[2].replace("name: workers", "name: zzz")
+    extra = text.split("---\n")[3].replace("name: workers", "name: zzz")
     (tmp_path / "p.yaml").write_text(text + "---\n" + extra)
     assert [problem.path for problem in check(load(tmp_path), registry())] == ["spec.hosts[0]"]
 
