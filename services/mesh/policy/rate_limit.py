@@ -87,6 +87,8 @@ class RateLimit(_Limiter):
     filter_enforced: _Switch
     rate_limited_as_resource_exhausted: Literal[True]
     """Else gRPC clients get UNAVAILABLE, which invites an immediate retry."""
+    always_consume_default_token_bucket: Literal[False]
+    """Envoy's default is true: every tenant would also draw from the bucket of those without a name."""
     enable_x_ratelimit_headers: Literal["OFF", "DRAFT_VERSION_03"] = "OFF"
     response_headers_to_add: tuple[_HeaderOption, ...] = Field(default=(), max_length=2)
     descriptors: tuple[Descriptor, ...] = Field(default=(), max_length=MAX_LIST)
