@@ -73,7 +73,8 @@ def _ledger(settings: Settings) -> Ledger:
     if not url:
         return local
     timeout_s = settings.budget_store_timeout_ms / 1000
-    return Shared(url, timeout_s, settings.budget_store_connections, local, settings.budget_store_share)
+    connections, share = settings.budget_store_connections, settings.budget_store_share
+    return Shared(url, timeout_s, connections, local, share, settings.budget_tenants)
 
 
 def new_id() -> str:

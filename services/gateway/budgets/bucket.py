@@ -24,7 +24,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How full a bucket was at a time. `tokens` is in 0 … the budget's size."""
+    """How full a bucket was at a time: at most the budget's size; below 0 after a shared store was away."""
 
     tokens: float
     at_s: float

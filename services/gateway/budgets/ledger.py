@@ -23,18 +23,22 @@ class Answer:
     is_granted: bool
     left: float
     is_shared: bool = False
-    """Whether the store that all gateways share said so. What was taken there must be put back there."""
+    """Whether the store that all gateways share said so."""
 
 
 class Ledger(Protocol):
-    """`tokens` ≥ 0. Neither call raises or waits longer than the store's time limit."""
+    """`tokens` ≥ 0. No call raises or waits longer than the store's time limit."""
 
-    async def take(self, tenant: str, budget: Budget, tokens: int, *, only_look: bool = False) -> Answer:
-        """Takes `tokens` out, all or none; `only_look` says what it would have answered."""
+    async def look(self, tenant: str, budget: Budget, tokens: int) -> Answer:
+        """What `take` would answer, as far as is known: a refusal is certain, a grant is not."""
         ...
 
-    async def put_back(self, tenant: str, budget: Budget, tokens: int, *, is_shared: bool) -> bool:
-        """Puts back what was taken and not used, once: False when the store did not answer and it stays taken."""
+    async def take(self, tenant: str, budget: Budget, tokens: int) -> Answer:
+        """Takes `tokens` out, all or none."""
+        ...
+
+    async def put_back(self, tenant: str, budget: Budget, tokens: int) -> None:
+        """Puts back what was taken and not used. To be called once for what was taken once."""
         ...
 
     async def close(self) -> None: ...
@@ -47,17 +51,18 @@ class Local:
         self._most, self._clock = tenants, clock
         self._levels: OrderedDict[str, tuple[Budget, Level]] = OrderedDict()
 
-    async def take(self, tenant: str, budget: Budget, tokens: int, *, only_look: bool = False) -> Answer:
+    async def look(self, tenant: str, budget: Budget, tokens: int) -> Answer:
+        level = self._now(tenant, budget)
+        return Answer(bucket.taken(level, tokens) is not None, level.tokens)
+
+    async def take(self, tenant: str, budget: Budget, tokens: int) -> Answer:
         level = self._now(tenant, budget)
         left = bucket.taken(level, tokens)
-        if left is not None and not only_look:
-            level = left
-        self._keep(tenant, budget, level)
-        return Answer(left is not None, level.tokens)
+        self._keep(tenant, budget, left or level)
+        return Answer(left is not None, (left or level).tokens)
 
-    async def put_back(self, tenant: str, budget: Budget, tokens: int, *, is_shared: bool = False) -> bool:
+    async def put_back(self, tenant: str, budget: Budget, tokens: int) -> None:
         self._keep(tenant, budget, bucket.returned(self._now(tenant, budget), budget, tokens))
-        return True
 
     async def close(self) -> None:
         """Nothing to do."""

@@ -26,11 +26,6 @@ REFUSED = Counter(
     "Requests refused for their tenant's budget: empty (before the prompt was tokenised), too_little_left, too_large",
     ["tenant", "reason"],
 )
-LOST = Counter(
-    "autoglm_budget_unreturned_tokens_total",
-    "Reserved and unused tokens that could not be put back; the bucket fills again with time",
-    ["tenant"],
-)
 
 
 class OverBudget(TooBusy):
@@ -59,7 +54,6 @@ class Reservation:
 
     def __init__(self, budgets: Budgets, tenant: str, label: str, budget: Budget, tokens: int, answer: Answer) -> None:
         self.tenant, self.label, self.budget, self.tokens = tenant, label, budget, tokens
-        self.is_shared = answer.is_shared
         self.standing: Standing = bucket.standing(answer.left, budget)
         self._budgets, self._is_open = budgets, True
 
@@ -83,7 +77,7 @@ class Budgets:
         budget = self._shelf.book.of(tenant)
         if budget is None or least > budget.burst_tokens:
             return  # what can never fit is told by `reserve`, which knows how much it really is
-        answer = await self._ledger.take(tenant, budget, least, only_look=True)
+        answer = await self._ledger.look(tenant, budget, least)
         if not answer.is_granted:
             self._refused(tenant, "empty")
             raise OverBudget(tenant, budget, answer.left, least, is_estimate=True)
@@ -105,7 +99,7 @@ class Budgets:
                 requested=tokens,
             )
         # In a task of its own: a caller who goes while the store is asked must not leave with tokens nobody returns.
-        taking = self._start(self._take(tenant, budget, tokens))
+        taking = self._start(self._ledger.take(tenant, budget, tokens))
         try:
             answer = await asyncio.shield(taking)
         except asyncio.CancelledError:
@@ -122,23 +116,13 @@ class Budgets:
         HELD.labels(reservation.label).dec(reservation.tokens)
         unused = reservation.tokens - used
         if unused > 0:
-            self._start(self._put_back(reservation, unused))
+            self._start(self._ledger.put_back(reservation.tenant, reservation.budget, unused))
 
     async def close(self) -> None:
         """Puts back what is on its way and closes the store."""
         while self._tasks:  # the end of one may begin another
             await asyncio.wait(self._tasks)
         await self._ledger.close()
-
-    async def _take(self, tenant: str, budget: Budget, tokens: int) -> Answer:
-        return await self._ledger.take(tenant, budget, tokens)
-
-    async def _put_back(self, reservation: Reservation, unused: int) -> None:
-        is_done = await self._ledger.put_back(
-            reservation.tenant, reservation.budget, unused, is_shared=reservation.is_shared
-        )
-        if not is_done:
-            LOST.labels(reservation.label).inc(unused)
 
     def _opened(self, tenant: str, budget: Budget, tokens: int, answer: Answer) -> Reservation:
         label = self._shelf.book.label(tenant)

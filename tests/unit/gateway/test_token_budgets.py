@@ -184,8 +184,8 @@ async def test_a_caller_who_goes_while_the_store_is_asked_leaves_nothing_taken()
     class Slow(Local):
         asked, answer = asyncio.Event(), asyncio.Event()
 
-        async def take(self, tenant: str, budget: Budget, tokens: int, *, only_look: bool = False) -> Answer:
-            given = await super().take(tenant, budget, tokens, only_look=only_look)
+        async def take(self, tenant: str, budget: Budget, tokens: int) -> Answer:
+            given = await super().take(tenant, budget, tokens)
             self.asked.set()
             await self.answer.wait()
             return given
