@@ -2,8 +2,9 @@
 
 A private mesh with one file of budgets. Tenants are told apart at the ingress by a header that the policy turns into
 the tenant's name (a stand-in for the claim of a token, on the same road from there on). First the moderate tenants run
-by themselves, then the greedy one beside them: open loop, never waiting when told to. What it was granted is what the
-gateway settled within the window; over the whole run that is compared with what the answers said they had used.
+by themselves, then the greedy one beside them: open loop, never waiting when told to. What it was granted within the
+window is what the gateway settled, and the change of what it holds for requests under way. Over the whole run, what it
+settled is compared with what the answers said they had used, and with burst + rate × time.
 """
 
 from __future__ import annotations
@@ -138,12 +139,15 @@ async def moderates(mesh: Mesh, until: asyncio.Event) -> dict[str, Seen]:
 
 
 async def window(mesh: Mesh, seconds: float) -> tuple[float, float]:
-    """(tokens the greedy tenant was granted, seconds it took): settled within, and what was held at either end."""
+    """(tokens the greedy tenant was granted, seconds it took): what was settled, and how what is held changed."""
     gateway = mesh.processes("gateway")[0]
 
     def reading() -> tuple[float, float]:
-        settled = mesh.metric(gateway, "autoglm_budget_settled_tokens_total", tenant=GREEDY)
-        return settled, time.monotonic()
+        while True:  # until nothing was settled between the two
+            settled = mesh.metric(gateway, "autoglm_budget_settled_tokens_total", tenant=GREEDY)
+            held, now = mesh.metric(gateway, "autoglm_budget_held_tokens", tenant=GREEDY), time.monotonic()
+            if mesh.metric(gateway, "autoglm_budget_settled_tokens_total", tenant=GREEDY) == settled:
+                return settled + held, now
 
     before, began = await asyncio.to_thread(reading)
     await asyncio.sleep(seconds)
@@ -166,6 +170,7 @@ async def drill(mesh: Mesh, seconds: float) -> tuple[list[Bar], dict[str, Any]]:
     stop, greedy = asyncio.Event(), Seen()
     async with autoglm.AsyncClient(mesh.ingress) as client:
         per_s = TIMES * BUDGET_PER_MINUTE / 60 / USED_PER_REQUEST
+        pressed = time.monotonic()
         pressing = asyncio.create_task(offer(client, GREEDY, per_s, stop, greedy))
         # A first refusal would be too soon: what is reserved then is yet to be used. Twice the burst is steady.
         await mesh.until(lambda: greedy.used > 2 * BURST, "what it had saved up is used", 60)
@@ -175,6 +180,7 @@ async def drill(mesh: Mesh, seconds: float) -> tuple[list[Bar], dict[str, Any]]:
         requests = sum(greedy.outcomes.values()) - offered_before
         stop.set()
         await pressing
+        most = BURST + BUDGET_PER_MINUTE / 60 * (time.monotonic() - pressed)
         with_greedy = await beside
 
     budget = BUDGET_PER_MINUTE / 60 * took_s
@@ -200,6 +206,12 @@ async def drill(mesh: Mesh, seconds: float) -> tuple[list[Bar], dict[str, Any]]:
         ),
         Bar("token limit: offered / budget", f"{offered / budget:.1f}", f">= {TIMES}", offered / budget >= TIMES),
         Bar("token limit: others' failed requests", f"{failures} of {failures + served}", "0", failures == 0),
+        Bar(
+            "token limit: used in the whole run / (burst + rate x time)",
+            f"{settled / most:.3f}",
+            "<= 1",
+            settled <= most,
+        ),
         Bar("token limit: settled - told to the client", f"{settled - greedy.used:+.0f}", "0", settled == greedy.used),
         Bar(
             "token limit: refusals without a time to come back, other failures",

@@ -197,7 +197,7 @@ async def test_exit_codes_tell_what_to_do(gateway: FakeGateway, failure: chassis
 
 
 async def test_when_to_come_back_is_said_once(gateway: FakeGateway) -> None:
-    """A full mesh says when to try again, and a message that already names the time is left as it is; JSON has it too."""
+    """A full mesh says when to try again; a message that already names the time is left as it is. JSON has it too."""
     gateway.script(chassis.TooBusy("the queue is full", retry_after_s=2.5))
     gateway.script(chassis.TooBusy("3 tokens are left; come back in 2.5 s", retry_after_s=2.5))
     plain, named = [await autoglm(gateway, "generate", "x") for _ in range(2)]
