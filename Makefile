@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 MESH := $(BIN)/python -m services.mesh
+CLOUDS := $(BIN)/python -m services.mesh.clouds
 # One thread per process: the machine is shared by many small processes, not by one large one.
 TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PROTOS := $(shell find protos/autoglm -name '*.proto' | sort)
@@ -28,7 +29,7 @@ ifneq ($(THREADS),)
 run smoke: export AUTOGLM_THREADS := $(THREADS)
 endif
 
-.PHONY: help run smoke stop status test test-arm fuzz check format proto proto-into proto-check proto-release bench bench-engine bench-quality bench-peers model packages clean
+.PHONY: help run smoke stop status clouds clouds-smoke clouds-stop test test-arm fuzz check format proto proto-into proto-check proto-release bench bench-engine bench-quality bench-peers model packages clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,6 +42,15 @@ smoke: $(READY) ## the same without a terminal: start, check one answer, stop; e
 
 stop: ## stop the mesh that `make run` started
 	@if [ -x $(BIN)/python ]; then $(MESH) stop; else echo "nothing is installed, so nothing runs"; fi
+
+clouds: $(READY) ## three clouds on this machine: a whole mesh each, failover, one token stream (as root: in network namespaces)
+	@$(CLOUDS) run
+
+clouds-smoke: $(READY) ## the same without a terminal: start, check, hurt, check, stop; exits 0 or not
+	@$(CLOUDS) smoke
+
+clouds-stop: ## stop what `make clouds` started
+	@if [ -x $(BIN)/python ]; then $(CLOUDS) stop; else echo "nothing is installed, so nothing runs"; fi
 
 status: $(READY) ## what runs, on which ports, under which policy
 	@$(MESH) status
@@ -117,7 +127,7 @@ packages: ## system packages that tests use when they are there (Debian; needs r
 	command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
 	{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user; }
 
-clean: stop ## remove what was installed and generated here
+clean: stop clouds-stop ## remove what was installed and generated here
 	rm -rf $(VENV) .cache .run
 
 $(BIN)/pip:

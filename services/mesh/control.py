@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.mesh import envoy, policy
+from services.mesh import envoy, inputs, policy
 from services.mesh.envoy import Admin, Invalid
 from services.mesh.policy import Policy, PolicyError
 from services.mesh.policy.kustomize import KUSTOMIZATION, folders
@@ -137,6 +137,7 @@ class Control:
             snapshot = translate(self._policy, self._registry(), self._node)
             await self._apply(snapshot)
             self._snapshot = snapshot
+            self._remember_inputs()
             self._warn(warnings_of(self._policy, self._registry()))
             if not self._endpoints_moved.is_set():
                 self._settled.set()
@@ -204,6 +205,7 @@ class Control:
 
     def _accept(self, snapshot: Snapshot, warnings: list[str], took_ms: float) -> None:
         self._snapshot = snapshot
+        self._remember_inputs()
         self.state = PolicyState(
             version=version_of(snapshot),
             accepted_unix_s=time.time(),
@@ -213,6 +215,10 @@ class Control:
         log.info("policy accepted", extra={"facts": {"version": self.state.version, "ms": round(took_ms, 1)}})
         self._warn(warnings)
         self._changed()
+
+    def _remember_inputs(self) -> None:
+        """For whoever asks what an edit would change, or where a request would go."""
+        inputs.write(inputs.Inputs(self._node, self._registry(), self._directory))
 
     def _warn(self, warnings: list[str]) -> None:
         """Warnings speak of what runs, so they come and go with the endpoints; each is logged when it comes."""

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -81,6 +82,14 @@ async def validate(bootstrap: dict[str, Any]) -> None:
         raise Invalid(" ".join(output.decode("utf-8", "replace").split())[-2000:] or "envoy --mode validate failed")
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedCertificate:
+    """A certificate in Envoy's hands."""
+
+    spiffe_id: str
+    serial: str
+
+
 class Admin:
     """Envoy's admin page. Methods raise OSError when Envoy does not answer."""
 
@@ -117,6 +126,16 @@ class Admin:
         answer = await self._ask_json("/clusters?format=json")
         found: list[dict[str, Any]] = answer.get("cluster_statuses", [])
         return found
+
+    async def certificates(self) -> list[LoadedCertificate]:
+        """The certificates that Envoy shows to peers right now, one per use."""
+        answer = await self._ask_json("/certs")
+        return [
+            LoadedCertificate(str(name.get("uri", "")), f"{int(str(one.get('serial_number', '0')), 16):x}")
+            for item in answer.get("certificates", [])
+            for one in item.get("cert_chain", [])
+            for name in one.get("subject_alt_names", [])
+        ]
 
     async def reopen_logs(self) -> None:
         """Makes Envoy open its access log anew, after a rotation."""

@@ -37,10 +37,29 @@ class MeshSettings(ServiceSettings):
     )
 
     ingress_port: Port = Field(8080, description="Envoy's port for clients; 0 takes a free one")
-    outbound_port: Port = Field(15001, description="Envoy's port for the services' own calls; 0 takes a free one")
     admin_port: Port = Field(15000, description="Envoy's admin page; 0 takes a free one")
     otlp_port: Port = Field(4317, description="the trace sink's OTLP/gRPC port; 0 takes a free one")
     otlp_forward: str = Field("", description="host:port of another OTLP/gRPC collector that gets every span too")
+
+    ca_dir: Path | None = Field(
+        None, description="the mesh's certificate authority; meshes that share it trust each other; unset: in run_dir"
+    )
+    certificate_hours: float = Field(24.0, gt=0, le=8760, description="life of a certificate; renewed at half of it")
+    authority_days: float = Field(365.0, gt=0, le=36500, description="life of the authority, made at the first start")
+
+    cloud: str = Field(
+        "", pattern=r"^([a-z]([-a-z0-9]{0,30}[a-z0-9])?)?$", description="name of this cloud among others; empty: alone"
+    )
+    locality: str = Field("", max_length=128, description="region/zone/subzone of this mesh")
+    peers: str = Field("", max_length=1024, description="other clouds to hear from: name=host:port,…")
+    eastwest_gateways: str = Field("", max_length=1024, description="ways into the other clouds: name=host:port,…")
+    federation_port: Port = Field(0, description="where the other clouds hear what is ready here")
+    eastwest_port: Port = Field(0, description="the way in for the other clouds' requests")
+    federation_heartbeat_ms: int = Field(250, ge=20, le=60_000, description="how often the others hear of us")
+    federation_stale_ms: int = Field(1000, ge=100, le=600_000, description="a cloud not heard of so long is dropped")
+    ping_interval_ms: int = Field(1000, ge=100, le=600_000, description="among clouds: how often a connection is tried")
+    ping_timeout_ms: int = Field(1500, ge=50, le=600_000, description="and how long until a silent one is given up")
+    federation_ramp_s: float = Field(10.0, ge=0, le=3600, description="time to the full share of one that comes back")
 
     start_timeout_s: float = Field(60.0, gt=0, le=3600, description="how long one process may take to be ready")
     start_attempts: int = Field(3, ge=1, le=100, description="a process that dies this often before its first ready")
@@ -58,9 +77,20 @@ class MeshSettings(ServiceSettings):
         return self.model_dir.absolute() != BUNDLED_MODEL.absolute()
 
 
+def addresses(text: str, variable: str) -> dict[str, tuple[str, int]]:
+    """`name=host:port,…` as a mapping. Raises ValueError naming the setting."""
+    found: dict[str, tuple[str, int]] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, place = item.partition("=")
+        host, _, port = place.rpartition(":")
+        if not name or not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"{variable}: {item!r} is not name=host:port")
+        found[name] = (host, int(port))
+    return found
+
+
 FIXED_PORTS: tuple[tuple[str, str], ...] = (
     ("ingress_port", "clients connect here"),
-    ("outbound_port", "the services' own calls"),
     ("admin_port", "Envoy's admin page"),
     ("otlp_port", "traces"),
 )

@@ -24,10 +24,12 @@ STOP_WAVES = 6
 Watcher = Callable[[MeshState], None]
 
 
-def start(directory: RunDirectory, environment: Mapping[str, str], *, dies_with_us: bool) -> subprocess.Popen[bytes]:
+def start(
+    directory: RunDirectory, environment: Mapping[str, str], *, dies_with_us: bool, module: str = "services.mesh"
+) -> subprocess.Popen[bytes]:
     """The supervisor, running in the background. Its output is in the log `supervisor`."""
     directory.logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "services.mesh", "supervise"]
+    command = [sys.executable, "-m", module, "supervise"]
     if dies_with_us:
         command = [sys.executable, "-I", "-S", str(LAUNCH), str(os.getpid()), *command]
     with directory.log(OUTPUT).open("wb") as output:

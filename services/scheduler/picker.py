@@ -36,8 +36,9 @@ PREDICTED_CACHED_TOKENS = Counter(
 )
 SERVED = Counter("autoglm_scheduler_served_total", "Requests by who served them", ["by"])
 
-LEFT_TO_PROXY = frozenset({"no_replica", "subset"})
-"""Refusals that say what this process does not know, rather than what a worker cannot do."""
+LEFT_TO_PROXY = frozenset({"no_replica", "subset", "draining"})
+"""Refusals that say that no worker is left here, rather than what one cannot do: the proxy may know others, such as
+those of another cloud, which this process never hears of."""
 
 STEP_BLOCKS = 64
 """Blocks hashed at a time (~0.1 ms): a prompt that nobody holds costs one step, however long it is."""

@@ -23,6 +23,7 @@ from autoglm.cli import chat as chatting
 from autoglm.cli import options as opt
 from autoglm.cli import status as statuses
 from autoglm.cli.answers import show
+from autoglm.cli.mesh import hand_over
 from autoglm.cli.output import Output, ReaderGone
 from autoglm.connection import version
 
@@ -249,3 +250,12 @@ def status(
         output.rows(("what", "seen"), lines)
     if not report.is_good:
         raise typer.Exit(UNAVAILABLE if report.error is None else exit_code(report.error))
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def mesh(context: typer.Context) -> None:
+    """Operate the mesh of this repository: diff, explain, check, status … (autoglm mesh --help lists them)."""
+    raise typer.Exit(hand_over(context.args))

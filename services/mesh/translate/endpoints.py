@@ -4,15 +4,20 @@ An endpoint in another network stands behind that network's east-west gateway: i
 which finds the way by the name in the TLS handshake.
 """
 
+from collections.abc import Mapping
+
 from services.mesh.policy.destination_rule import TrafficPolicy
 from services.mesh.registry import Endpoint
 from services.mesh.translate.localities import groups
 from services.mesh.translate.names import ENDPOINTS, Json, cluster_name, locality, socket_address
 from services.mesh.translate.node import NodeSettings
-from services.mesh.translate.world import Host, Member, Port, World
+from services.mesh.translate.tls import IS_MESHED
+from services.mesh.translate.world import Host, Member, Port
+
+_MESHED: Json = {"metadata": {"filter_metadata": {"envoy.transport_socket_match": IS_MESHED}}}
 
 
-def assignments(world: World, node: NodeSettings) -> list[Json]:
+def assignments(hosts: Mapping[str, Host], node: NodeSettings) -> list[Json]:
     """The endpoints of every cluster that Envoy does not resolve by itself."""
     return [
         {
@@ -24,7 +29,7 @@ def assignments(world: World, node: NodeSettings) -> list[Json]:
                 node,
             ),
         }
-        for host in world.hosts.values()
+        for _, host in sorted(hosts.items())
         if not host.resolves_by_dns
         for port in host.ports
         for subset in ("", *(subset.name for subset in host.subsets))
@@ -51,8 +56,9 @@ def load_assignment(name: str, members: tuple[Member, ...], traffic: TrafficPoli
                         {
                             "endpoint": {"address": socket_address(address, port)},
                             "load_balancing_weight": weight,
+                            **(_MESHED if is_meshed else {}),
                         }
-                        for (address, port), weight in sorted(addresses.items())
+                        for (address, port), (weight, is_meshed) in sorted(addresses.items())
                     ],
                     "load_balancing_weight": group.weight,
                     "priority": group.priority,
@@ -62,20 +68,24 @@ def load_assignment(name: str, members: tuple[Member, ...], traffic: TrafficPoli
 
 
 def is_remote(endpoint: Endpoint, node: NodeSettings) -> bool:
-    """Whether the way leads through a gateway."""
-    return endpoint.network not in ("", node.network)
+    """Whether the way leads through a gateway. A proxy that names no network of its own reaches everything directly."""
+    return node.network != "" and endpoint.network not in ("", node.network)
 
 
-def _reachable(members: tuple[Member, ...], node: NodeSettings) -> dict[tuple[str, int], int]:
-    """Addresses with their weights; the endpoints of another network share the weights of its gateways."""
-    found: dict[tuple[str, int], int] = {}
+def _reachable(members: tuple[Member, ...], node: NodeSettings) -> dict[tuple[str, int], tuple[int, bool]]:
+    """Addresses with their weights, and whether they take mutual TLS.
+
+    The endpoints of another network share the weights of its gateways. As in Istio, only those that take mutual TLS can
+    be reached there: the way is told in the handshake.
+    """
+    found: dict[tuple[str, int], tuple[int, bool]] = {}
     for member in members:
         there = member.endpoint
-        ways = (
-            node.network_gateways.get(there.network, ()) if is_remote(there, node) else ((there.address, there.port),)
-        )
+        ways: tuple[tuple[str, int], ...] = ((there.address, there.port),)
+        if is_remote(there, node):
+            ways = node.network_gateways.get(there.network, ()) if there.has_sidecar else ()
         for way in ways:
-            found[way] = found.get(way, 0) + member.weight
+            found[way] = (found.get(way, (0, False))[0] + member.weight, there.has_sidecar)
     return found
 
 

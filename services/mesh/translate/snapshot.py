@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from services.mesh.translate.names import Json, file_name
 
@@ -44,6 +45,21 @@ class Snapshot:
     def version(self) -> str:
         """Digest of the whole content."""
         return _digest([self.bootstrap, self.clusters, self.listeners, self.routes, self.endpoints])
+
+    @staticmethod
+    def read(directory: Path) -> "Snapshot":
+        """The snapshot whose files lie in `directory`. Raises OSError or ValueError when they are not all there."""
+
+        def resources(*paths: Path) -> tuple[Json, ...]:
+            return tuple(item for path in sorted(paths) for item in json.loads(path.read_bytes())["resources"])
+
+        return Snapshot(
+            bootstrap=json.loads((directory / "bootstrap.json").read_bytes()),
+            clusters=resources(directory / CDS_FILE),
+            listeners=resources(directory / LDS_FILE),
+            routes=resources(*(directory / "rds").glob("*.json")),
+            endpoints=resources(*(directory / "eds").glob("*.json")),
+        )
 
     def files(self) -> dict[str, bytes]:
         """All files, `bootstrap.json` included, by path relative to the run directory."""
@@ -90,14 +106,16 @@ class Snapshot:
         for cluster in self.clusters:
             plain = _untyped(cluster)
             if plain["type"] == "EDS":
-                del plain["eds_cluster_config"]
-                plain |= {"type": "STATIC", "load_assignment": assignments[plain["name"]]}
+                known_as = plain.pop("eds_cluster_config")["service_name"]
+                plain |= {"type": "STATIC", "load_assignment": assignments[known_as]}
             config["static_resources"]["clusters"].append(plain)
         routes = {item["name"]: _untyped(item) for item in self.routes}
         config["static_resources"]["listeners"] = [_untyped(listener) for listener in self.listeners]
         for listener in config["static_resources"]["listeners"]:
-            manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-            manager["route_config"] = routes[manager.pop("rds")["route_config_name"]]
+            for chain in listener["filter_chains"]:
+                manager = chain["filters"][-1]["typed_config"]
+                if "rds" in manager:
+                    manager["route_config"] = routes[manager.pop("rds")["route_config_name"]]
         return config
 
     def _endpoint_files(self) -> dict[str, bytes]:

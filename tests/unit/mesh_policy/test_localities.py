@@ -116,15 +116,16 @@ def test_a_place_that_came_back_gets_its_share_little_by_little() -> None:
 
 
 def test_an_endpoint_of_another_network_is_reached_through_its_gateway() -> None:
-    """Its address is replaced, its weight stays; several endpoints make one address; without a gateway it is gone."""
+    """Its address is replaced, its weight stays; several make one address. Without gateway or sidecar it is gone."""
     node = NodeSettings(
         Path("/run/mesh"), locality=HERE, network="aws", network_gateways={"gcp": (("192.0.2.1", 15443),)}
     )
     members = (
         Member(Endpoint("10.0.0.1", 1, locality=HERE, network="aws")),
-        Member(Endpoint("10.0.0.2", 1, locality="gcp-eu/a/1", network="gcp")),
-        Member(Endpoint("10.0.0.3", 1, locality="gcp-eu/a/1", network="gcp")),
-        Member(Endpoint("10.0.0.4", 1, locality="azure-eu/a/1", network="azure")),
+        Member(Endpoint("10.0.0.2", 1, locality="gcp-eu/a/1", network="gcp", has_sidecar=True)),
+        Member(Endpoint("10.0.0.3", 1, locality="gcp-eu/a/1", network="gcp", has_sidecar=True)),
+        Member(Endpoint("10.0.0.4", 1, locality="gcp-eu/b/1", network="gcp")),
+        Member(Endpoint("10.0.0.5", 1, locality="azure-eu/a/1", network="azure", has_sidecar=True)),
     )
     groups = load_assignment("c", members, traffic_policy(OUTLIERS), node)["endpoints"]
     assert [(group["priority"], group["lb_endpoints"]) for group in groups] == [
@@ -143,6 +144,7 @@ def test_an_endpoint_of_another_network_is_reached_through_its_gateway() -> None
                 {
                     "endpoint": {"address": {"socket_address": {"address": "192.0.2.1", "port_value": 15443}}},
                     "load_balancing_weight": 2,
+                    "metadata": {"filter_metadata": {"envoy.transport_socket_match": {"tlsMode": "istio"}}},
                 }
             ],
         ),
