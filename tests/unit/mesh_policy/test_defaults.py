@@ -550,7 +550,7 @@ def test_the_door_translates_and_compresses_only_where_the_policy_says_so() -> N
     """GRPC-WEB on the Gateway's port adds its filter, an EnvoyFilter its compressors; a plain door has neither."""
     plain = ["grpc_stats", "fault", "cors", "router"]
     found = filters(EVERYTHING)
-    assert found["ingress"] == ["grpc_web", "compressor", "compressor", *plain]
+    assert found["ingress"] == ["grpc_web", "compressor", "compressor", *plain[:-1], "local_ratelimit", "router"]
     assert found["outbound"] == ["ext_proc", *plain]
     bare = load(Path(__file__).resolve().parents[3] / "istio" / "base")
     data = bare.gateways[0].model_dump(mode="json", by_alias=True)
