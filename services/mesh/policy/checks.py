@@ -6,11 +6,12 @@
 import ipaddress
 from collections.abc import Iterator, Mapping
 
-from services.mesh.policy import doubts, suspicions
+from services.mesh.policy import access_doubts, doubts, suspicions
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key_of, qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.policy.problems import Problem
+from services.mesh.policy.security import SecurityObject
 from services.mesh.policy.suspicions import Finding
 from services.mesh.policy.virtual_service import MESH, Destination, Route, VirtualService
 from services.mesh.registry import Registry, Service
@@ -92,6 +93,13 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
     for second in [item for item in policy.envoy_filters if item.spec.limits][1:]:
         add(second, iter([("spec", "a second rate limit for the ingress; only one is supported")]))
+    secured: tuple[SecurityObject, ...] = (
+        *policy.peer_authentications,
+        *policy.authorization_policies,
+        *policy.request_authentications,
+    )
+    for access in secured:
+        add(access, access_doubts.doubts(access, policy, registry), is_warning=True)
     for singles in (policy.doors, policy.eastwest, policy.telemetries):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))

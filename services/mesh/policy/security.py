@@ -53,7 +53,7 @@ _ADDRESSES = {"source.ip", "remote.ip", "destination.ip"}
 
 def _known_action(value: object) -> object:
     if value == "CUSTOM":
-        text = f"CUSTOM is not supported by the local control plane (Istio {ISTIO_VERSION} has it)"
+        text = f"action CUSTOM is not supported by the local control plane (Istio {ISTIO_VERSION} has it)"
         raise PydanticCustomError("action", text)
     return value
 
