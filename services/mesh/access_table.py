@@ -89,10 +89,10 @@ def render(policy: Policy) -> str:
     lines = [
         "# Who may call what",
         "",
-        "Made from `istio/base` by `python -m services.mesh access > docs/access.md`; a test says when it is out of date.",
+        "Made from `istio/base` by `python -m services.mesh access > docs/access.md`; a test says when it is stale.",
         "Rows are everything a service answers to, columns the service accounts of the callers. What is not marked is",
-        "refused with PERMISSION_DENIED, and so is everybody who is not in the table: no certificate (the connection is",
-        "closed), another account, another namespace, another trust domain.",
+        "refused with PERMISSION_DENIED. So is who is not in the table: another account, namespace or trust domain.",
+        "Without a certificate of the mesh no connection comes about.",
         "",
     ]
     for service in SERVICES:
