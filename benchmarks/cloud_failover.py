@@ -27,10 +27,11 @@ LOST = "azure"
 LOST_REGION = "eastus"
 SHARE = 30
 """Percent of the requests of each door that go to the cloud that will be lost."""
-RATE = 3.0
+RATE = 2.0
 """Requests a second at each door: the machine has two cores for three clouds."""
-STREAMS = 4
+STREAMS = 2
 """Long answers that the lost cloud is giving when it goes."""
+LONG = 1800
 HANG_S = 20.0
 """What has not ended by then counts as hanging."""
 RAMP_S = 10.0
@@ -77,7 +78,7 @@ class Traffic:
 
     async def stream(self, name: str, number: int) -> Sent:
         """A long answer from the cloud that will be lost, asked for at a door."""
-        return await ask(self._callers[name], 1_000_000 + number, 1800, {"x-data-region": LOST})
+        return await ask(self._callers[name], 1_000_000 + number, LONG, {"x-data-region": LOST})
 
     async def close(self) -> None:
         await asyncio.gather(*self._tasks)
@@ -92,7 +93,7 @@ async def ask(caller: autoglm.AsyncClient, number: int, tokens: int, metadata: d
     """One request, to its end or to HANG_S."""
     began, outcome = time.time(), "hung"
     try:
-        async with asyncio.timeout(HANG_S * (3 if tokens > 100 else 1)):
+        async with asyncio.timeout(HANG_S * (3 if tokens == LONG else 1)):
             stream = caller.stream(
                 f"# {number}\n",
                 model=MODEL,

@@ -1,7 +1,8 @@
 """Tells the other clouds what is ready here, and hears the same from them: what Istio does through remote secrets.
 
 Each cloud listens on one port and writes its whole offer, one JSON line, to whoever connects: at every change, and as a
-heartbeat. Whole offers, so nothing can get out of step. Lines are read as a stranger's: bounded and validated.
+heartbeat. Whole offers, so nothing can get out of step. Lines are read as a stranger's: bounded and validated. They are
+not secret, and a liar gains nothing: whoever answers at an endpoint must show the certificate of the service.
 """
 
 from __future__ import annotations
