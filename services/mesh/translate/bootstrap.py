@@ -29,8 +29,9 @@ def bootstrap(node: NodeSettings) -> Json:
                 {
                     "name": "local",
                     "static_layer": {
+                        # Batches of 200 ms, or of 256 spans: a flush per span costs the receiver a call per span.
                         "tracing.opentelemetry.flush_interval_ms": 200,
-                        "tracing.opentelemetry.min_flush_spans": 1,
+                        "tracing.opentelemetry.min_flush_spans": 256,
                         **limits,
                     },
                 }
