@@ -12,6 +12,7 @@ from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key
 from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.policy.problems import Problem
 from services.mesh.policy.suspicions import Finding
+from services.mesh.policy.telemetry import conflicts, unseen
 from services.mesh.policy.virtual_service import MESH, Destination, Route, VirtualService
 from services.mesh.registry import Registry, Service
 
@@ -84,10 +85,19 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
         add(entry, _service_entry(entry, policy, registry))
     for gateway in policy.gateways:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
-    for singles in (policy.gateways, policy.telemetries):
-        for extra in singles[1:]:
-            add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
+    for extra in policy.gateways[1:]:
+        add(extra, iter([("kind", "only one Gateway is supported by the local control plane")]))
+    for number, telemetry in enumerate(policy.telemetries):
+        add(telemetry, conflicts(telemetry, policy.telemetries[:number]))
+        add(telemetry, unseen(telemetry, _workloads(policy, registry)), is_warning=True)
     return tuple(found)
+
+
+def _workloads(policy: Policy, registry: Registry) -> tuple[Mapping[str, str], ...]:
+    """The labels of everything a proxy may stand in front of."""
+    services = [service.selector for service in registry.services]
+    members = [item.labels for service in registry.services for each in service.endpoints.values() for item in each]
+    return (*services, *members, *(gateway.spec.selector for gateway in policy.gateways))
 
 
 def _ports(policy: Policy, registry: Registry) -> dict[str, tuple[int, ...]]:

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.objects import ObjectKey, Policy, PolicyObject, key_of
-from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry
 from services.mesh.policy.problems import PolicyError, Problem
 from services.mesh.policy.refusals import explain, short, unsupported_kind
+from services.mesh.policy.telemetry import Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 _KINDS: dict[str, type[PolicyObject]] = {

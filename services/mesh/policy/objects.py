@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from services.mesh.policy.destination_rule import DestinationRule
-from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry
+from services.mesh.policy.telemetry import Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 CLUSTER_DOMAIN = "svc.cluster.local"

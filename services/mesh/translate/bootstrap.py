@@ -1,9 +1,9 @@
 """What Envoy is started with: who it is, where its files are, limits, and how its statistics are named."""
 
 from services.mesh.policy.base import ISTIO_VERSION
-from services.mesh.translate.listeners import OTLP_CLUSTER
 from services.mesh.translate.names import TYPE_URL, Json, locality, socket_address
 from services.mesh.translate.node import NodeSettings
+from services.mesh.translate.telemetry import OTLP_CLUSTER, STATS_TAGS
 
 _OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
@@ -44,6 +44,7 @@ def bootstrap(node: NodeSettings) -> Json:
                 {"tag_name": "http_conn_manager_prefix", "regex": r"^http\.((outbound|ingress)\.)"},
                 {"tag_name": "response_code_class", "regex": r"_rq(_(\dxx))$"},
                 {"tag_name": "response_code", "regex": r"_rq(_(\d{3}))$"},
+                *STATS_TAGS,
             ],
         },
         "overload_manager": {
@@ -74,6 +75,7 @@ def _otlp(endpoint: str) -> Json:
     target = {"endpoint": {"address": socket_address(host.strip("[]"), int(port))}}
     return {
         "name": OTLP_CLUSTER,
+        "alt_stat_name": f"{OTLP_CLUSTER};",  # so that it is a label, like the others
         "type": "STRICT_DNS",
         "connect_timeout": "1s",
         "lb_policy": "ROUND_ROBIN",

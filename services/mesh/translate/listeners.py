@@ -3,15 +3,16 @@
 Whatever changes often is not here: a changed listener is drained, and draining ends long streams.
 """
 
+from collections.abc import Mapping
+
 from services.mesh.policy import Policy
 from services.mesh.translate.names import DESTINATION_HEADER, LISTENER, TYPE_URL, Json, seconds, socket_address
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import picker_filter
 from services.mesh.translate.routes import FAULT, INGRESS, OUTBOUND
+from services.mesh.translate.telemetry import access_logs, grpc_stats, tracing
 from services.mesh.translate.world import World
 
-OTLP_CLUSTER = "otlp"
-ACCESS_LOG = "access.log"
 NOT_FROM_OUTSIDE = (
     "x-autoglm-",  # ours: tenant, variant, resume position
     "x-gateway-",  # endpoint picker protocol: destination, subset hint, fairness, objective
@@ -24,37 +25,17 @@ NOT_FROM_OUTSIDE = (
 )
 """Prefixes of request headers removed at the ingress before anything reads them."""
 _HTTP = TYPE_URL + "envoy.extensions.filters.http."
-_ACCESS_FIELDS = {
-    "start": "%START_TIME%",
-    "trace_id": "%TRACE_ID%",
-    "request_id": "%REQ(X-REQUEST-ID)%",
-    "method": "%REQ(:METHOD)%",
-    "authority": "%REQ(:AUTHORITY)%",
-    "path": "%REQ(:PATH):256%",
-    "status": "%RESPONSE_CODE%",
-    "grpc_status": "%GRPC_STATUS%",
-    "flags": "%RESPONSE_FLAGS%",
-    "details": "%RESPONSE_CODE_DETAILS%",
-    "duration_ms": "%DURATION%",
-    "bytes_in": "%BYTES_RECEIVED%",
-    "bytes_out": "%BYTES_SENT%",
-    "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
-    "cluster": "%UPSTREAM_CLUSTER_RAW%",
-    "upstream": "%UPSTREAM_HOST%",
-    "peer": "%DOWNSTREAM_REMOTE_ADDRESS%",
-}
 
 
 def listeners(policy: Policy, world: World, node: NodeSettings) -> list[Json]:
     """`outbound` always, `ingress` where a Gateway is defined."""
     picker = picker_filter(world, node)
-    sampling = world.sampling_percent if world.sampling_percent is not None else node.tracing_sampling_percent
-    outbound = _manager(OUTBOUND, "envoy-mesh", [picker] if picker is not None else [], sampling, node)
+    outbound = _manager(policy, OUTBOUND, "envoy-mesh", [picker] if picker is not None else [], {}, node)
     # Only the picker says where a request goes; what a caller wrote there must not survive a picker that is down.
     outbound["early_header_mutation_extensions"] = [_removal((DESTINATION_HEADER,))]
     result = [_listener(OUTBOUND, node.outbound_port, outbound, node)]
     if policy.gateways:
-        ingress = _manager(INGRESS, "envoy-ingress", [], sampling, node)
+        ingress = _manager(policy, INGRESS, "envoy-ingress", [], policy.gateways[0].spec.selector, node)
         ingress |= {
             "use_remote_address": True,
             "request_headers_timeout": seconds(node.request_headers_timeout_s),
@@ -76,7 +57,9 @@ def _listener(name: str, port: int, manager: Json, node: NodeSettings) -> Json:
     }
 
 
-def _manager(name: str, span_service: str, extra: list[Json], sampling: float, node: NodeSettings) -> Json:
+def _manager(
+    policy: Policy, name: str, span_service: str, extra: list[Json], labels: Mapping[str, str], node: NodeSettings
+) -> Json:
     directory = node.run_directory / "rds"
     manager: Json = {
         "@type": TYPE_URL + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -93,7 +76,7 @@ def _manager(name: str, span_service: str, extra: list[Json], sampling: float, n
             },
         },
         "http_filters": [*extra, *_FILTERS],
-        "access_log": [_access_log(name, node)],
+        "access_log": access_logs(policy, node, name, labels),
         "stream_idle_timeout": "0s",
         "request_timeout": "0s",
         "common_http_protocol_options": {
@@ -108,33 +91,11 @@ def _manager(name: str, span_service: str, extra: list[Json], sampling: float, n
         "use_remote_address": False,
         "generate_request_id": True,
     }
-    if node.otlp_endpoint:
-        manager["tracing"] = {
-            "provider": {
-                "name": "envoy.tracers.opentelemetry",
-                "typed_config": {
-                    "@type": TYPE_URL + "envoy.config.trace.v3.OpenTelemetryConfig",
-                    "grpc_service": {"envoy_grpc": {"cluster_name": OTLP_CLUSTER}, "timeout": "0.250s"},
-                    "service_name": span_service,
-                },
-            },
-            "client_sampling": {"value": 100},
-            "random_sampling": {"value": sampling},
-            "overall_sampling": {"value": 100},
-            "spawn_upstream_span": True,
-        }
-    return manager
+    return manager | tracing(policy, node, span_service, labels)
 
 
 _FILTERS: tuple[Json, ...] = (
-    {
-        "name": "envoy.filters.http.grpc_stats",
-        "typed_config": {
-            "@type": _HTTP + "grpc_stats.v3.FilterConfig",
-            "emit_filter_state": True,
-            "stats_for_all_methods": False,
-        },
-    },
+    grpc_stats(),
     {"name": FAULT, "typed_config": {"@type": _HTTP + "fault.v3.HTTPFault"}},
     {"name": "envoy.filters.http.router", "typed_config": {"@type": _HTTP + "router.v3.Router"}},
 )
@@ -146,16 +107,5 @@ def _removal(prefixes: tuple[str, ...]) -> Json:
         "typed_config": {
             "@type": TYPE_URL + "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
             "mutations": [{"remove_on_match": {"key_matcher": {"prefix": prefix}}} for prefix in prefixes],
-        },
-    }
-
-
-def _access_log(name: str, node: NodeSettings) -> Json:
-    return {
-        "name": "envoy.access_loggers.file",
-        "typed_config": {
-            "@type": TYPE_URL + "envoy.extensions.access_loggers.file.v3.FileAccessLog",
-            "path": str(node.run_directory / ACCESS_LOG),
-            "log_format": {"json_format": {"listener": name, **_ACCESS_FIELDS}},
         },
     }

@@ -10,7 +10,8 @@ import yaml
 from services.mesh.policy import Limits, Policy, PolicyError, load
 from services.mesh.policy.base import Strict
 from services.mesh.policy.destination_rule import DestinationRule
-from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry
+from services.mesh.policy.telemetry import Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 EVERYTHING = Path(__file__).with_name("everything") / "policy.yaml"
