@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from services.mesh import envoy, model, ports, topology
+from services.mesh import envoy, metrics, model, ports, scrape, topology
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
 from services.mesh.process import Patience, Phase, Process, Program
@@ -61,6 +61,7 @@ class LocalMesh:
             self._ports[ENVOY] = {
                 name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:3]
             }
+            self._metrics_port = next(self._supply)
             self.admin = Admin(settings.bind, settings.admin_port)
             self.control = Control(
                 settings.policy_dir,
@@ -77,6 +78,7 @@ class LocalMesh:
         self._reason = ""
         self._started = time.time()
         self._up_s = 0.0
+        self._targets = ""
         self._endpoints: frozenset[str] = frozenset()
         self._dirty = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -86,6 +88,7 @@ class LocalMesh:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        metrics.serve(self.state, self.settings.bind, self._metrics_port)
         self._write_state()
         writer = asyncio.create_task(self._keep_state())
         beside: list[asyncio.Task[None]] = []
@@ -162,7 +165,11 @@ class LocalMesh:
             await asyncio.sleep(0.05)  # several changes at once make one write
 
     def _write_state(self) -> None:
-        write_atomically(self.directory.state, self.state().model_dump_json(indent=1))
+        state = self.state()
+        write_atomically(self.directory.state, state.model_dump_json(indent=1))
+        if (found := scrape.targets_text(state, scrape.cloud_of(self.directory.root))) != self._targets:
+            write_atomically(self.directory.root / scrape.TARGETS, found)
+            self._targets = found
 
     def state(self) -> MeshState:
         """What the state file says."""
@@ -180,6 +187,7 @@ class LocalMesh:
                 admin=f"{here}:{at['admin']}",
                 otlp=f"{here}:{self._ports[SINK]['grpc']}",
                 traces=f"{here}:{self._ports[SINK]['query']}",
+                metrics=f"{here}:{self._metrics_port}",
             ),
             model=model.name(self.settings),
             model_dir=str(self.settings.model_dir.absolute()),

@@ -54,10 +54,17 @@ STATS_TAGS: tuple[Json, ...] = (
         "tag_name": "grpc_method",
         "regex": r"\.grpc(\.(.+))\.(?:\d+|success|failure|total|request_message_count|response_message_count)$",
     },
+    {"tag_name": "listener_address", "regex": r"^listener\.(([0-9_.]+|\[[0-9a-fA-F_:]+\]_[0-9]+)\.)"},
+    {"tag_name": "certificate", "regex": r"\.ssl\.certificate(\.(.+))\.expiration_unix_time_seconds$"},
+    {
+        "tag_name": "route_config",
+        "regex": r"\.rds(\.(.+))\.(?:config_reload|config_reload_time_ms|update_.+|version|init_fetch_timeout)$",
+    },
 )
 """Make `envoy_cluster_grpc{cluster_name,grpc_method,grpc_status}` of `cluster.<name>;.grpc.<service>.<method>.<code>`.
 
-What is not on the list of counted methods has no `grpc_method`.
+What is not on the list of counted methods has no `grpc_method`. Likewise when certificates expire, by name, and whether
+routes were taken, by route configuration.
 """
 
 
