@@ -1,13 +1,14 @@
-"""The supervisor's own Prometheus page: the policy in force, weights, restarts. Read from the state when it is scraped."""
+"""The supervisor's own Prometheus page: policy in force, weights, restarts. Read from the state when it is scraped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.chassis import metrics_page
 from services.mesh.state import MeshState
 
 
@@ -20,14 +21,13 @@ class StateCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         state = self._state()
         policy = state.policy
-        yield _gauge(
-            "autoglm_mesh_up", "1 once everything has been ready, until a stop begins", float(state.phase == "up")
-        )
-        yield _gauge("autoglm_mesh_policy_refused", "1 while the newest edit of the policy is refused", _refused(state))
-        yield _gauge(
-            "autoglm_mesh_policy_accepted_seconds", "When the policy in force was accepted", policy.accepted_unix_s
-        )
-        yield _gauge("autoglm_mesh_policy_warnings", "Warnings about the policy in force", len(policy.warnings))
+        for name, text, value in (
+            ("autoglm_mesh_up", "1 once everything has been ready, until a stop begins", state.phase == "up"),
+            ("autoglm_mesh_policy_refused", "1 while the newest edit of the policy is refused", _is_refused(state)),
+            ("autoglm_mesh_policy_accepted_seconds", "When the policy in force was accepted", policy.accepted_unix_s),
+            ("autoglm_mesh_policy_warnings", "Warnings about the policy in force", len(policy.warnings)),
+        ):
+            yield GaugeMetricFamily(name, text, value=float(value))
         weights = GaugeMetricFamily(
             "autoglm_mesh_route_weight",
             "Share of a route's traffic, in percent",
@@ -49,7 +49,7 @@ def serve(state: Callable[[], MeshState], address: str, port: int) -> None:
     """Serves the page from a thread until the process ends. Raises OSError when the port is taken."""
     registry = CollectorRegistry()
     registry.register(StateCollector(state))
-    start_http_server(port, addr=address, registry=registry)
+    metrics_page.serve(address, port, registry)
 
 
 def _is_refused(state: MeshState) -> bool:

@@ -71,9 +71,7 @@ class LoadCollector(Collector):
             "executor": settings.executor,
             "precision": settings.precision,
             "kv_precision": settings.kv_precision,
-            "sparsity": "neurons"
-            if settings.executor == "native" and skips(settings, variant.architecture)
-            else "dense",
+            "sparsity": "neurons" if is_sparse else "dense",
         }
 
 
