@@ -45,8 +45,13 @@ def targets_text(state: MeshState, cloud: str) -> str:
 
 def configuration(roots: Iterable[Path], rules: Path, interval_s: float) -> dict[str, Any]:
     """A Prometheus configuration for the meshes in these run directories."""
+    interval = f"{max(1, round(interval_s * 1000))}ms"  # Prometheus takes no fractions
     return {
-        "global": {"scrape_interval": f"{interval_s:g}s", "evaluation_interval": f"{interval_s:g}s"},
+        "global": {
+            "scrape_interval": interval,
+            "scrape_timeout": f"{min(10_000, round(interval_s * 1000))}ms",
+            "evaluation_interval": interval,
+        },
         "rule_files": [str((rules / name).absolute()) for name in RULE_FILES],
         "scrape_configs": [
             {
