@@ -115,7 +115,9 @@ def validate(directory: Path | None = typer.Argument(None, help="Folder of Istio
 @app.command()
 def trace(which: str = typer.Argument("last", help="A trace id, or `last`.")) -> None:
     """Show one trace as a tree."""
-    from services.mesh import demo, spans, timeline
+    from autoglm.cli import spans, timeline
+
+    from services.mesh import demo
 
     _, directory = _begin()
     traces = _running(directory).addresses.traces

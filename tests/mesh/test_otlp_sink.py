@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 import pytest
+from autoglm.cli import spans
+from autoglm.cli.spans import Span
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
@@ -18,8 +20,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.mesh import demo, spans
-from services.mesh.spans import Span
+from services.mesh import demo
 from tests.fakes.processes import Service, running
 
 DEADLINE_S = 10.0

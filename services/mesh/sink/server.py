@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from autoglm.cli.spans import Span
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as service
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as service_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
@@ -13,7 +14,6 @@ from prometheus_client import Counter
 from services.mesh.sink.attributes import MAX_TEXT, attributes
 from services.mesh.sink.forward import Forwarder
 from services.mesh.sink.store import TraceStore
-from services.mesh.spans import Span
 
 SERVICE = "opentelemetry.proto.collector.trace.v1.TraceService"
 MAX_EVENTS = 64

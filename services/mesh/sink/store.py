@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from services.mesh.spans import Span, build
+from autoglm.cli.spans import Span, build
 
 REQUEST_KEYS = ("gen_ai.response.id", "guid:x-request-id")
 """Where a request's own id is found: the gateway's, which clients are told, and Envoy's."""
