@@ -1,11 +1,11 @@
-"""`python -m benchmarks.mesh [failover|canary|prefix-reuse|bad-inputs …]`: the mesh's claims, one result file each."""
+"""`python -m benchmarks.mesh [name of a drill …]`: the mesh's claims, one result file each."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 
-from benchmarks import bad_inputs, canary, failover, prefix_reuse
+from benchmarks import bad_inputs, canary, failover, mesh_cost, prefix_reuse, rotation
 from benchmarks.harness import report, running
 
 DRILLS = {
@@ -13,6 +13,8 @@ DRILLS = {
     "canary": (canary.drill, canary.REPLICAS),
     "prefix-reuse": (prefix_reuse.drill, ""),
     "bad-inputs": (bad_inputs.drill, ""),
+    "rotation": (rotation.drill, ""),
+    "mesh-cost": (mesh_cost.drill, mesh_cost.REPLICAS),
 }
 
 

@@ -126,22 +126,28 @@ AGAINST_BEST = {
 def bars(
     shape: str, blocks: dict[str, list[Block]], taking_part: Sequence[Contestant], model_bytes: dict[str, int]
 ) -> list[Bar]:
-    """Every bar of one shape; without our figure or the peer's a bar is missed and says `not measured`."""
+    """Every bar of one shape whose work was asked for (is a key of `blocks`).
+
+    Without our figure or the peer's such a bar is missed and says `not measured`.
+    """
     result = []
     single = blocks.get("decode batch 1", [])
-    for ours, theirs, wanted in PAIRS.get(shape, ()):
+    is_single = "decode batch 1" in blocks
+    for ours, theirs, wanted in PAIRS.get(shape, ()) if is_single else ():
         result.append(_bar(f"{shape} decode: {ours} / {theirs}", ratio(single, ours, theirs), wanted))
     shares = wall_shares(single, 1, model_bytes)
-    for name, share in WALLS.get(shape, {}).items():
+    for name, share in WALLS.get(shape, {}).items() if is_single else ():
         value = f"{100 * shares[name][1]:.0f} %" if name in shares else "not measured"
         is_met = name in shares and shares[name][1] >= share
         result.append(Bar(f"{shape} decode: {name}, share of the wall", value, f">= {100 * share:.0f} %", is_met))
     peers = [c.name for c in taking_part if not c.is_ours and not c.informational]
     mine = [c.name for c in taking_part if c.is_ours and not c.informational]
     for work, wanted in AGAINST_BEST.get(shape, {}).items():
-        measured = figures(blocks.get(work, []))
+        if work not in blocks:
+            continue
+        measured = figures(blocks[work])
         us, them = best(mine, measured), best(peers, measured)
-        found = ratio(blocks.get(work, []), us, them) if us and them else None
+        found = ratio(blocks[work], us, them) if us and them else None
         result.append(_bar(f"{shape} {work}: {us or 'ours'} / best peer ({them or 'none'})", found, wanted))
     return result
 

@@ -23,7 +23,8 @@ from services.mesh.policy import PolicyError
 from services.mesh.rundir import AlreadyRunning, RunDirectory, write_atomically
 from services.mesh.settings import MeshSettings
 from services.mesh.state import MeshState
-from services.mesh.topology import TopologyError
+from services.mesh.topology import Topology, TopologyError
+from services.mesh.translate import NodeSettings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -105,11 +106,37 @@ def status(as_json: bool = typer.Option(False, "--json", help="Everything as JSO
 
 
 @app.command()
+def rotate(timeout_s: float = typer.Option(10.0, min=1, help="How long Envoy may take to read them.")) -> None:
+    """Renew every certificate now. New connections use them at once; open ones, and the streams on them, go on."""
+    from services.mesh.rotation import NotRotated
+    from services.mesh.rotation import rotate as renew
+
+    _, directory = _begin()
+    try:
+        for item in renew(directory, _running(directory), timeout_s):
+            console.print(f"{item.spiffe_id}  {item.serial}", highlight=False, soft_wrap=True)
+    except NotRotated as error:
+        _fail(str(error))
+
+
+@app.command()
 def validate(directory: Path | None = typer.Argument(None, help="Folder of Istio YAML. Default: istio/base")) -> None:
     """Check the traffic policy against the services of this mesh, and against Envoy. Prints every problem."""
     settings, _ = _begin()
     _check_policy(settings.model_copy(update={"policy_dir": directory or settings.policy_dir}), with_envoy=True)
     console.print("ok", style="green")
+
+
+@app.command()
+def access() -> None:
+    """Print who may call what, as the policy in istio/base has it: the source of docs/access.md."""
+    from services.mesh import access_table
+
+    settings, _ = _begin()
+    try:
+        print(access_table.render(policy.load(settings.policy_dir)), end="")
+    except (PolicyError, access_table.Undecided) as error:
+        _fail(str(error))
 
 
 @app.command()
@@ -195,7 +222,7 @@ def _running(directory: RunDirectory) -> MeshState:
 def _check_policy(settings: MeshSettings, *, with_envoy: bool = False) -> None:
     """Exit status 1 with every problem, before anything is started."""
     from services.mesh import envoy
-    from services.mesh.translate import NodeSettings, translate
+    from services.mesh.translate import translate
 
     try:
         processes = topology.load(settings.topology, settings.replicas, settings.is_own_model)
@@ -210,7 +237,7 @@ def _check_policy(settings: MeshSettings, *, with_envoy: bool = False) -> None:
             raise typer.Exit(1)
         if with_envoy:
             with tempfile.TemporaryDirectory() as scratch:
-                node = NodeSettings(run_directory=Path(scratch))
+                node = _trial_node(processes, settings.namespace, Path(scratch))
                 asyncio.run(envoy.validate(translate(loaded, known, node).static()))
     except PolicyError as error:
         for problem in error.problems:
@@ -218,6 +245,22 @@ def _check_policy(settings: MeshSettings, *, with_envoy: bool = False) -> None:
         raise typer.Exit(1) from None
     except (TopologyError, envoy.Invalid, envoy.EnvoyMissing) as error:
         _fail(str(error))
+
+
+def _trial_node(processes: Topology, namespace: str, scratch: Path) -> NodeSettings:
+    """A node with every sidecar, and certificates that nobody will ever use: Envoy looks whether the files exist."""
+    from services.mesh.identity import Terms, write_trial
+
+    supply = itertools.count(1)
+    instances = topology.instances(processes, supply)
+    write_trial(scratch / "identity", namespace, processes.services, Terms())
+    return NodeSettings(
+        run_directory=scratch,
+        callers=topology.callers(processes, supply),
+        sidecars=topology.sidecars(processes, namespace, instances),
+        identities=scratch / "identity",
+        namespace=namespace,
+    )
 
 
 def _check_model(settings: MeshSettings) -> None:

@@ -86,14 +86,13 @@ def new_question(state: MeshState | None = None) -> Question:
 
 def _has_chat_template(state: MeshState) -> bool:
     ports = [item.ports["grpc"] for item in state.processes if item.service == "tokenizer" and "grpc" in item.ports]
-    host = state.addresses.ingress.rpartition(":")[0]
     for port in ports:
-        with grpc.insecure_channel(f"{host}:{port}") as channel:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
             try:
                 answer = stub.ListTokenizers(tokenizer_pb2.ListTokenizersRequest(), timeout=10)
             except grpc.RpcError as error:
-                raise NoAnswer(f"the tokenizer at {host}:{port}: {error}") from error
+                raise NoAnswer(f"the tokenizer at port {port}: {error}") from error
         return any(item.model == state.model and item.has_chat_template for item in answer.tokenizers)
     return True
 

@@ -6,11 +6,15 @@ import asyncio
 import http.client
 import importlib.metadata
 import json
+import logging
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+log = logging.getLogger("autoglm.envoy")
 
 MAX_ANSWER_BYTES = 32 << 20
 VALIDATE_TIMEOUT_S = 20.0
@@ -56,6 +60,20 @@ def command(bootstrap: Path, drain_s: float) -> tuple[str, ...]:
 
 async def validate(bootstrap: dict[str, Any]) -> None:
     """Asks the real Envoy whether it would start with this. Raises `Invalid`."""
+    for is_last in (False, True):
+        returned, output = await _verdict(bootstrap)
+        if returned == 0:
+            return
+        text = " ".join(output.decode("utf-8", "replace").split())
+        if returned < 0 and not is_last:  # it crashed, which says nothing about the configuration
+            log.warning("envoy --mode validate crashed; asked again", extra={"facts": {"signal": -returned}})
+            log.warning(text[:8000])
+            continue
+        raise Invalid(text[-2000:] or "envoy --mode validate failed")
+
+
+async def _verdict(bootstrap: dict[str, Any]) -> tuple[int, bytes]:
+    """Exit status and output. Raises `Invalid` when it takes too long."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(bootstrap, file)
         file.flush()
@@ -77,8 +95,15 @@ async def validate(bootstrap: dict[str, Any]) -> None:
             process.kill()
             await process.wait()
             raise Invalid(f"envoy --mode validate took longer than {VALIDATE_TIMEOUT_S:g} s") from None
-    if process.returncode != 0:
-        raise Invalid(" ".join(output.decode("utf-8", "replace").split())[-2000:] or "envoy --mode validate failed")
+    return process.returncode or 0, output
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCertificate:
+    """A certificate in Envoy's hands."""
+
+    spiffe_id: str
+    serial: str
 
 
 class Admin:
@@ -117,6 +142,16 @@ class Admin:
         answer = await self._ask_json("/clusters?format=json")
         found: list[dict[str, Any]] = answer.get("cluster_statuses", [])
         return found
+
+    async def certificates(self) -> list[LoadedCertificate]:
+        """The certificates that Envoy shows to peers right now, one per use."""
+        answer = await self._ask_json("/certs")
+        return [
+            LoadedCertificate(str(name.get("uri", "")), f"{int(str(one.get('serial_number', '0')), 16):x}")
+            for item in answer.get("certificates", [])
+            for one in item.get("cert_chain", [])
+            for name in one.get("subject_alt_names", [])
+        ]
 
     async def reopen_logs(self) -> None:
         """Makes Envoy open its access log anew, after a rotation."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import re
 import signal
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,19 +23,24 @@ from pydantic import ValidationError
 from services.mesh import envoy, metrics, model, ports, scrape, topology
 from services.mesh.control import Control, Pace, Refused
 from services.mesh.envoy import Admin, EnvoyMissing
+from services.mesh.identity import Authority, Identities, Issued, Terms, Unusable
 from services.mesh.process import Patience, Phase, Process, Program
 from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory, write_atomically
 from services.mesh.settings import FIXED_PORTS, MeshSettings
-from services.mesh.state import Addresses, MeshState, ProcessState, Progress
+from services.mesh.state import Addresses, IdentityState, MeshState, ProcessState, Progress
 from services.mesh.supervise import StartFailed, Supervisor
 from services.mesh.topology import Instance, TopologyError
 from services.mesh.translate import NodeSettings
+from services.mesh.translate.views import INGRESS
 
 log = logging.getLogger("autoglm.local")
 
 SINK, ENVOY = "trace-sink", "envoy"
 ROTATE_EVERY_S = 5.0
+ROTATE_SIGNAL = signal.SIGHUP
+"""Renews every certificate: what `python -m services.mesh rotate` sends."""
+LOOPBACK = "127.0.0.1"
 
 
 class CannotStart(Exception):
@@ -54,15 +61,17 @@ class LocalMesh:
             self._placeholders = model.placeholders(settings) | {"{run_dir}": str(self.directory.root)}
             self._supply = ports.free(settings.bind)
             self.instances = {item.name: item for item in topology.instances(self.topology, self._supply)}
+            self._callers = topology.callers(self.topology, self._supply)
+            self.identities = self._identities()
             self._ports = {
                 name: dict(item.ports) | {"metrics": next(self._supply)} for name, item in self.instances.items()
             }
             self._ports[SINK] = {"grpc": settings.otlp_port, "metrics": next(self._supply), "query": next(self._supply)}
             self._ports[ENVOY] = {
-                name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:3]
+                name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:2]
             }
             self._metrics_port = next(self._supply)
-            self.admin = Admin(settings.bind, settings.admin_port)
+            self.admin = Admin(LOOPBACK, settings.admin_port)
             self.control = Control(
                 settings.policy_dir,
                 self._node(),
@@ -72,7 +81,7 @@ class LocalMesh:
                 self._changed,
             )
             self.supervisor = Supervisor(self._programs(), self._patience(), self._process_changed)
-        except (TopologyError, EnvoyMissing, OSError) as error:
+        except (TopologyError, EnvoyMissing, Unusable, OSError) as error:
             raise CannotStart(str(error)) from None
         self._phase = "starting"
         self._reason = ""
@@ -89,17 +98,21 @@ class LocalMesh:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         metrics.serve(self.state, self.settings.bind, self._metrics_port)
+        loop.add_signal_handler(ROTATE_SIGNAL, self._rotate)
         self._write_state()
         writer = asyncio.create_task(self._keep_state())
         beside: list[asyncio.Task[None]] = []
         try:
+            self.identities.prepare()
             await self.control.prepare()
             self.supervisor.start()
-            beside = [asyncio.create_task(self._control()), asyncio.create_task(self._rotate_access_log())]
+            beside = [
+                asyncio.create_task(run) for run in (self._control(), self._rotate_access_log(), self.identities.run())
+            ]
             await self._until_up()
             await self._stopping.wait()
             self._enter("stopping")
-        except (StartFailed, Refused) as error:
+        except (StartFailed, Refused, OSError) as error:
             self._reason = str(error)
             log.error("the mesh did not start", extra={"facts": {"reason": self._reason}})
         finally:
@@ -183,8 +196,8 @@ class LocalMesh:
             reason=self._reason,
             addresses=Addresses(
                 ingress=f"{here}:{at['ingress']}",
-                outbound=f"{here}:{at['outbound']}",
-                admin=f"{here}:{at['admin']}",
+                outbound={item.service_account: f"{LOOPBACK}:{item.port}" for item in self._callers},
+                admin=f"{LOOPBACK}:{at['admin']}",
                 otlp=f"{here}:{self._ports[SINK]['grpc']}",
                 traces=f"{here}:{self._ports[SINK]['query']}",
                 metrics=f"{here}:{self._metrics_port}",
@@ -193,6 +206,7 @@ class LocalMesh:
             model_dir=str(self.settings.model_dir.absolute()),
             processes=[self._process_state(name, process) for name, process in self.supervisor.processes.items()],
             policy=self.control.state,
+            identities=[_identity_state(item) for item in self.identities.issued],
         )
 
     def _process_state(self, name: str, process: Process) -> ProcessState:
@@ -207,6 +221,7 @@ class LocalMesh:
             start_s=round(process.start_s, 3),
             last_exit=process.last_exit,
             ports={k: v for k, v in self._ports[name].items() if k != "metrics"},
+            inbound=dict(instance.inbound) if instance else {},
             metrics_port=self._ports[name].get("metrics", 0),
             labels=dict(instance.labels) if instance else {},
             log=str(process.program.log),
@@ -220,12 +235,28 @@ class LocalMesh:
             run_directory=self.directory.envoy,
             listen_address=settings.bind,
             ingress_port=settings.ingress_port,
-            outbound_port=settings.outbound_port,
+            callers=self._callers,
+            sidecars=topology.sidecars(self.topology, settings.namespace, self.instances.values()),
+            identities=self.directory.identity,
+            namespace=settings.namespace,
             admin_port=settings.admin_port,
             otlp_endpoint=f"{settings.bind}:{settings.otlp_port}",
             # A laptop shows a change at once; production keeps Istio's second.
             update_merge_window_s=0.0,
         )
+
+    def _identities(self) -> Identities:
+        settings, home = self.settings, self.directory.identity
+        terms = Terms(timedelta(hours=settings.certificate_hours), timedelta(days=settings.authority_days))
+        authority = Authority.open(settings.ca_dir or home / "authority", terms.authority, datetime.now(UTC))
+        accounts = {INGRESS, *(item.service for item in self.instances.values())}
+        return Identities(home, authority, settings.namespace, accounts, terms, self._changed, random.random)
+
+    def _rotate(self) -> None:
+        try:
+            self.identities.rotate()
+        except OSError as error:
+            log.error("not every certificate was renewed", extra={"facts": {"error": str(error)}})
 
     def _patience(self) -> Patience:
         s = self.settings
@@ -270,9 +301,9 @@ class LocalMesh:
         given = {f"AUTOGLM_{port.upper()}_PORT": str(number) for port, number in self._ports[name].items()}
         fixed = {
             "AUTOGLM_INSTANCE": name,
-            "AUTOGLM_BIND": self.settings.bind,
+            # Only their sidecars are reached from elsewhere.
+            "AUTOGLM_BIND": LOOPBACK if name in self.instances else self.settings.bind,
             "AUTOGLM_NAMESPACE": self.settings.namespace,
-            "AUTOGLM_MESH_ADDRESS": f"{self.settings.bind}:{self.settings.outbound_port}",
             "AUTOGLM_DRAIN_GRACE_S": str(self.settings.drain_grace_s),
             "PYTHONUNBUFFERED": "1",
         }
@@ -281,6 +312,11 @@ class LocalMesh:
     def _service_environment(self, item: Instance) -> dict[str, str]:
         labels = ",".join(f"{key}={value}" for key, value in item.labels.items() if key != "app")
         extra = {"AUTOGLM_OTLP_ENDPOINT": f"{self.settings.bind}:{self.settings.otlp_port}", **self._placed(item)}
+        # As Envoy knows it: a worker tells the picker, whose choice must be one of Envoy's endpoints.
+        extra["AUTOGLM_ADVERTISE"] = f"{self.settings.bind}:{next(iter(item.inbound.values()))}"
+        for caller in self._callers:
+            if caller.service_account == item.service:
+                extra["AUTOGLM_MESH_ADDRESS"] = f"{LOOPBACK}:{caller.port}"
         if labels:
             extra["AUTOGLM_LABELS"] = labels
         if item.locality:
@@ -304,6 +340,19 @@ class LocalMesh:
                     path.replace(path.with_name("access.log.1"))
                 if not path.exists():  # also when Envoy did not hear us the last time
                     await self.admin.reopen_logs()
+
+
+def _identity_state(item: Issued) -> IdentityState:
+    certificate = item.certificate
+    return IdentityState(
+        account=item.account,
+        spiffe_id=item.identity,
+        serial=certificate.serial,
+        issued_unix_s=certificate.issued.timestamp(),
+        expires_unix_s=certificate.expires.timestamp(),
+        renew_unix_s=item.renew_at.timestamp(),
+        count=item.count,
+    )
 
 
 def _progress(facts: Mapping[str, Any]) -> Progress | None:

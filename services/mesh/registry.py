@@ -9,16 +9,41 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 CLUSTER_DOMAIN = "svc.cluster.local"
+TRUST_DOMAIN = "cluster.local"
+
+
+def spiffe_id(namespace: str, service_account: str) -> str:
+    """The name in a workload's certificate."""
+    return f"spiffe://{TRUST_DOMAIN}/ns/{namespace}/sa/{service_account}"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Who a proxy listener stands in front of: one process of a service, or the door (`ingress`)."""
+
+    name: str
+    namespace: str
+    service_account: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Its SPIFFE id."""
+        return spiffe_id(self.namespace, self.service_account)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One reachable process. `locality` is `region/zone/subzone` (the region is the cloud), or empty."""
+    """One reachable process. `locality` is `region/zone/subzone` (the region is the cloud), or empty.
+
+    `has_sidecar` is Istio's label `security.istio.io/tlsMode: istio`: a listener in front of it takes mutual TLS.
+    """
 
     address: str
     port: int
     labels: Mapping[str, str] = field(default_factory=dict)
     locality: str = ""
+    has_sidecar: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +73,11 @@ class Service:
     def host(self) -> str:
         """The name callers put into `:authority`."""
         return f"{self.name}.{self.namespace}.{CLUSTER_DOMAIN}"
+
+    @property
+    def identity(self) -> str:
+        """Who answers: every process of a service runs under the service account of the service's name."""
+        return spiffe_id(self.namespace, self.name)
 
 
 @dataclass(frozen=True, slots=True)

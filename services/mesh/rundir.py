@@ -26,6 +26,7 @@ class RunDirectory:
         self.state = self.root / "state.json"
         self.logs = self.root / "logs"
         self.envoy = self.root / "envoy"
+        self.identity = self.root / "identity"
 
     def log(self, name: str) -> Path:
         """Where the output of process `name` goes."""

@@ -37,10 +37,15 @@ class MeshSettings(ServiceSettings):
     )
 
     ingress_port: Port = Field(8080, description="Envoy's port for clients; 0 takes a free one")
-    outbound_port: Port = Field(15001, description="Envoy's port for the services' own calls; 0 takes a free one")
     admin_port: Port = Field(15000, description="Envoy's admin page; 0 takes a free one")
     otlp_port: Port = Field(4317, description="the trace sink's OTLP/gRPC port; 0 takes a free one")
     otlp_forward: str = Field("", description="host:port of another OTLP/gRPC collector that gets every span too")
+
+    ca_dir: Path | None = Field(
+        None, description="the mesh's certificate authority; meshes that share it trust each other; unset: in run_dir"
+    )
+    certificate_hours: float = Field(24.0, gt=0, le=8760, description="life of a certificate; renewed at half of it")
+    authority_days: float = Field(365.0, gt=0, le=36500, description="life of the authority, made at the first start")
 
     start_timeout_s: float = Field(60.0, gt=0, le=3600, description="how long one process may take to be ready")
     start_attempts: int = Field(3, ge=1, le=100, description="a process that dies this often before its first ready")
@@ -60,7 +65,6 @@ class MeshSettings(ServiceSettings):
 
 FIXED_PORTS: tuple[tuple[str, str], ...] = (
     ("ingress_port", "clients connect here"),
-    ("outbound_port", "the services' own calls"),
     ("admin_port", "Envoy's admin page"),
     ("otlp_port", "traces"),
 )

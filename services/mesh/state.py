@@ -36,6 +36,8 @@ class ProcessState(_Frozen):
     start_s: float
     last_exit: str
     ports: dict[str, int]
+    inbound: dict[str, int] = {}
+    """The sidecar's ports, by the same names."""
     metrics_port: int
     labels: dict[str, str]
     log: str
@@ -64,11 +66,25 @@ class PolicyState(_Frozen):
     weights: list[RouteWeight] = []
 
 
+class IdentityState(_Frozen):
+    """The certificate of a service account that is in force."""
+
+    account: str
+    spiffe_id: str
+    serial: str
+    issued_unix_s: float
+    expires_unix_s: float
+    renew_unix_s: float
+    count: int
+    """How many it has had since the start."""
+
+
 class Addresses(_Frozen):
     """Where things listen, as `host:port`."""
 
     ingress: str
-    outbound: str
+    outbound: dict[str, str] = {}
+    """By service account."""
     admin: str
     otlp: str
     traces: str
@@ -89,6 +105,7 @@ class MeshState(_Frozen):
     model_dir: str = Field("", description="where it lies")
     processes: list[ProcessState] = []
     policy: PolicyState = PolicyState()
+    identities: list[IdentityState] = []
 
 
 def read(path: Path) -> MeshState | None:

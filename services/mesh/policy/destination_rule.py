@@ -137,11 +137,24 @@ class RetryBudget(Strict):
     min_retry_concurrency: Count | None = None
 
 
+class ClientTls(Strict):
+    """How callers encrypt. Absent: mutual TLS to every endpoint that has a sidecar, plain to the others."""
+
+    istio_has: ClassVar[frozenset[str]] = frozenset(
+        {"clientCertificate", "privateKey", "caCertificates", "credentialName", "caCrl", "insecureSkipVerify"}
+    )
+
+    mode: Literal["DISABLE", "ISTIO_MUTUAL"]
+    sni: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
+    subject_alt_names: tuple[Annotated[str, StringConstraints(min_length=1, max_length=512)], ...] = Field(
+        default=(), max_length=MAX_LIST
+    )
+
+
 class PortPolicy(Strict):
     """The blocks that may also stand under `portLevelSettings`."""
 
-    istio_has: ClassVar[frozenset[str]] = frozenset({"tls"})
-
+    tls: ClientTls | None = None
     load_balancer: LoadBalancer | None = None
     connection_pool: ConnectionPool | None = None
     outlier_detection: OutlierDetection | None = None
@@ -156,7 +169,7 @@ class PortLevelPolicy(PortPolicy):
 
 
 class TrafficPolicy(PortPolicy):
-    istio_has: ClassVar[frozenset[str]] = frozenset({"tls", "tunnel", "proxyProtocol"})
+    istio_has: ClassVar[frozenset[str]] = frozenset({"tunnel", "proxyProtocol"})
 
     port_level_settings: tuple[PortLevelPolicy, ...] = Field(default=(), max_length=MAX_LIST)
     retry_budget: RetryBudget | None = None

@@ -18,11 +18,23 @@ from services.mesh.policy.objects import ObjectKey, Policy, PolicyObject, key_of
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry
 from services.mesh.policy.problems import PolicyError, Problem
 from services.mesh.policy.refusals import explain, short, unsupported_kind
+from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.telemetry import Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 _KINDS: dict[str, type[PolicyObject]] = {
-    kind.__name__: kind for kind in (VirtualService, DestinationRule, ServiceEntry, InferencePool, Gateway, Telemetry)
+    kind.__name__: kind
+    for kind in (
+        VirtualService,
+        DestinationRule,
+        ServiceEntry,
+        InferencePool,
+        Gateway,
+        Telemetry,
+        PeerAuthentication,
+        AuthorizationPolicy,
+        RequestAuthentication,
+    )
 }
 _SUFFIXES = {".yaml", ".yml"}
 _NOT_POLICY = {"kustomization.yaml", "kustomization.yml"}
@@ -80,6 +92,9 @@ def _policy(items: Any, files: dict[ObjectKey, str]) -> Policy:
         inference_pools=tuple(item for item in kept if isinstance(item, InferencePool)),
         gateways=tuple(item for item in kept if isinstance(item, Gateway)),
         telemetries=tuple(item for item in kept if isinstance(item, Telemetry)),
+        peer_authentications=tuple(item for item in kept if isinstance(item, PeerAuthentication)),
+        authorization_policies=tuple(item for item in kept if isinstance(item, AuthorizationPolicy)),
+        request_authentications=tuple(item for item in kept if isinstance(item, RequestAuthentication)),
         files=files,
     )
 

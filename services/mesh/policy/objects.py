@@ -5,12 +5,23 @@ from dataclasses import dataclass, field
 
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry
+from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from services.mesh.policy.telemetry import Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 CLUSTER_DOMAIN = "svc.cluster.local"
 
-PolicyObject = VirtualService | DestinationRule | ServiceEntry | InferencePool | Gateway | Telemetry
+PolicyObject = (
+    VirtualService
+    | DestinationRule
+    | ServiceEntry
+    | InferencePool
+    | Gateway
+    | Telemetry
+    | PeerAuthentication
+    | AuthorizationPolicy
+    | RequestAuthentication
+)
 ObjectKey = tuple[str, str, str]
 """Kind, namespace, name: what identifies an object within its cluster."""
 
@@ -25,6 +36,9 @@ class Policy:
     inference_pools: tuple[InferencePool, ...] = ()
     gateways: tuple[Gateway, ...] = ()
     telemetries: tuple[Telemetry, ...] = ()
+    peer_authentications: tuple[PeerAuthentication, ...] = ()
+    authorization_policies: tuple[AuthorizationPolicy, ...] = ()
+    request_authentications: tuple[RequestAuthentication, ...] = ()
     files: Mapping[ObjectKey, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[PolicyObject]:
@@ -34,6 +48,9 @@ class Policy:
         yield from self.inference_pools
         yield from self.gateways
         yield from self.telemetries
+        yield from self.peer_authentications
+        yield from self.authorization_policies
+        yield from self.request_authentications
 
     def file_of(self, item: PolicyObject) -> str:
         """The file `item` came from, or nothing for an object made in memory."""

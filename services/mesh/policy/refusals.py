@@ -11,11 +11,8 @@ from services.mesh.policy.base import ISTIO_VERSION, Strict
 _UNSUPPORTED = f"not supported by the local control plane (Istio {ISTIO_VERSION} has it)"
 _ISTIO_KINDS = frozenset(
     {
-        "AuthorizationPolicy",
         "EnvoyFilter",
-        "PeerAuthentication",
         "ProxyConfig",
-        "RequestAuthentication",
         "Sidecar",
         "TrafficExtension",
         "WasmPlugin",

@@ -1,22 +1,23 @@
 """What Envoy is started with: who it is, where its files are, limits, and how its statistics are named."""
 
 from services.mesh.policy.base import ISTIO_VERSION
-from services.mesh.translate.names import TYPE_URL, Json, locality, socket_address
-from services.mesh.translate.node import NodeSettings
+from services.mesh.translate.inbound import inbound_name
+from services.mesh.translate.names import TYPE_URL, Json, locality, owned, socket_address
+from services.mesh.translate.node import Caller, NodeSettings
 from services.mesh.translate.telemetry import OTLP_CLUSTER, STATS_TAGS
+from services.mesh.translate.views import INGRESS, OUTBOUND
 
 _OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
 def bootstrap(node: NodeSettings) -> Json:
     """The bootstrap. Nothing in it depends on policy, so no change of policy needs a restart."""
-    limits = {
-        f"envoy.resource_limits.listener.{name}.connection_limit": node.max_connections
-        for name in ("outbound", "ingress")
-    }
+    names = [*(inbound_name(item, port) for item in node.sidecars for port in item.ports)]
+    names += [INGRESS, *(owned(OUTBOUND, item.service_account) for item in node.callers or (Caller("", 0),))]
+    limits = {f"envoy.resource_limits.listener.{name}.connection_limit": node.max_connections for name in names}
     return {
         "node": {
-            "id": f"{node.service_name}~{node.listen_address}~{node.outbound_port}",
+            "id": f"{node.service_name}~{node.listen_address}~{node.ingress_port}",
             "cluster": node.service_name,
             "locality": locality(node.locality),
             "metadata": {"ISTIO_SEMANTICS": ISTIO_VERSION},
@@ -40,8 +41,13 @@ def bootstrap(node: NodeSettings) -> Json:
         "stats_config": {
             "use_all_default_tags": False,
             "stats_tags": [
-                {"tag_name": "cluster_name", "regex": r"^cluster(\.(.+);)"},
-                {"tag_name": "http_conn_manager_prefix", "regex": r"^http\.((outbound|ingress)\.)"},
+                # gateway~outbound|50051||cache.autoglm.svc.cluster.local; → Istio's cluster name, and who calls.
+                {"tag_name": "cluster_name", "regex": r"^cluster\.(?:[-a-z0-9]+~)?((.+);)"},
+                {"tag_name": "source_workload", "regex": r"^cluster\.(([-a-z0-9]+)~)"},
+                {
+                    "tag_name": "http_conn_manager_prefix",
+                    "regex": r"^http\.(((?:[-a-z0-9]+~)?(?:outbound|inbound\|\d+\|\||ingress))\.)",
+                },
                 {"tag_name": "response_code_class", "regex": r"_rq(_(\dxx))$"},
                 {"tag_name": "response_code", "regex": r"_rq(_(\d{3}))$"},
                 *STATS_TAGS,
@@ -54,7 +60,8 @@ def bootstrap(node: NodeSettings) -> Json:
                     "typed_config": {
                         "@type": TYPE_URL
                         + "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
-                        "max_active_downstream_connections": 2 * node.max_connections,
+                        # A connection from outside may need one of Envoy's own to each sidecar on its way.
+                        "max_active_downstream_connections": 4 * node.max_connections,
                     },
                 }
             ]

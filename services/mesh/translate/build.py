@@ -5,10 +5,12 @@ from services.mesh.registry import Registry
 from services.mesh.translate.bootstrap import bootstrap
 from services.mesh.translate.clusters import clusters
 from services.mesh.translate.endpoints import assignments
-from services.mesh.translate.listeners import listeners
+from services.mesh.translate.inbound import inbound_clusters, inbound_listeners
+from services.mesh.translate.listeners import ingress_listener, outbound_listeners
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.routes import ingress_routes, outbound_routes
 from services.mesh.translate.snapshot import Snapshot
+from services.mesh.translate.views import ingress_view, outbound_views
 from services.mesh.translate.world import survey
 
 
@@ -18,13 +20,19 @@ def translate(policy: Policy, registry: Registry, node: NodeSettings) -> Snapsho
     if errors:
         raise PolicyError(errors)
     world = survey(policy, registry)
-    routes = [outbound_routes(policy, world, node)]
-    if policy.gateways:
-        routes.append(ingress_routes(policy, world, node))
+    outbound = outbound_views(policy, world, node)
+    door = ingress_view(policy, world, node)
+    views = (*outbound, door) if door is not None else outbound
+    routes = [outbound_routes(policy, view, node) for view in outbound]
+    listeners = [*inbound_listeners(policy, node), *outbound_listeners(policy, outbound, node)]
+    if door is not None:
+        routes.append(ingress_routes(policy, door, node))
+        listeners.append(ingress_listener(policy, door, node))
+    reached = {name: host for view in views for name, host in view.world.hosts.items()}
     return Snapshot(
         bootstrap=bootstrap(node),
-        clusters=tuple(clusters(world, node)),
-        listeners=tuple(listeners(policy, world, node)),
+        clusters=(*clusters(views, node), *inbound_clusters(node)),
+        listeners=tuple(listeners),
         routes=tuple(routes),
-        endpoints=tuple(assignments(world, node)),
+        endpoints=tuple(assignments(reached, node)),
     )

@@ -1,28 +1,38 @@
-"""DestinationRule → Envoy clusters: one per port and one more per subset, with Istio's defaults."""
+"""DestinationRule → Envoy clusters: one per port and one more per subset, with Istio's defaults.
+
+Every caller has its own, as each shows its own certificate and keeps its own pools; endpoints are shared.
+"""
+
+from collections.abc import Iterable
 
 from services.mesh.policy.destination_rule import HttpSettings, OutlierDetection, TcpSettings, TrafficPolicy
 from services.mesh.translate.balancing import balancing
 from services.mesh.translate.endpoints import load_assignment, selected
-from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, cluster_name, file_name, seconds
+from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, cluster_name, file_name, seconds, sni
 from services.mesh.translate.node import NodeSettings
-from services.mesh.translate.world import Host, Port, World
+from services.mesh.translate.tls import client_side
+from services.mesh.translate.views import View
+from services.mesh.translate.world import Host, Port
 
 CONNECT_TIMEOUT = "10s"
-_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
-def clusters(world: World, node: NodeSettings) -> list[Json]:
+def clusters(views: Iterable[View], node: NodeSettings) -> list[Json]:
     """All clusters, in a stable order. The unsubsetted one always exists."""
-    return [
+    found = (
         _cluster(host, port, subset, node)
-        for host in world.hosts.values()
+        for view in views
+        for host in view.world.hosts.values()
         for port in host.ports
         for subset in ("", *(subset.name for subset in host.subsets))
-    ]
+    )
+    # Without accounts the door and the services share their clusters.
+    return list({cluster["name"]: cluster for cluster in found}.values())
 
 
 def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
-    name = cluster_name(host.name, port.number, subset)
+    name = host.cluster(port.number, subset)
     traffic = host.policy(port.number, subset)
     pool = traffic.connection_pool
     tcp = pool.tcp if pool is not None else TcpSettings()
@@ -35,10 +45,20 @@ def _cluster(host: Host, port: Port, subset: str, node: NodeSettings) -> Json:
         "per_connection_buffer_limit_bytes": node.buffer_limit_bytes,
         "circuit_breakers": {"thresholds": [_thresholds(tcp, http, traffic)]},
         "common_lb_config": _common_lb(traffic, node),
-        "typed_extension_protocol_options": {_HTTP_OPTIONS: _http_options(tcp, http, is_http2=port.is_http2)},
+        "typed_extension_protocol_options": {
+            HTTP_OPTIONS: _http_options(tcp, http, is_http2=_speaks_http2(http, port))
+        },
         "metadata": {"filter_metadata": {"istio": {"services": [{"host": host.name}], "subset": subset or "default"}}},
         **balancing(traffic.load_balancer, is_picked=host.picked_by is not None),
         **_discovery(host, port, subset, traffic, node),
+        **client_side(
+            traffic.tls,
+            node.identities,
+            host.caller,
+            host.identities,
+            sni(host.name, port.number, subset),
+            is_h2=_speaks_http2(http, port),
+        ),
     }
     if traffic.outlier_detection is not None:
         cluster["outlier_detection"] = _outliers(traffic.outlier_detection)
@@ -105,8 +125,11 @@ def _common_lb(traffic: TrafficPolicy, node: NodeSettings) -> Json:
     return config
 
 
+def _speaks_http2(http: HttpSettings, port: Port) -> bool:
+    return port.is_http2 or http.h2_upgrade_policy == "UPGRADE"
+
+
 def _http_options(tcp: TcpSettings, http: HttpSettings, *, is_http2: bool) -> Json:
-    speaks_http2 = is_http2 or http.h2_upgrade_policy == "UPGRADE"
     common: Json = {}
     idle = http.idle_timeout if http.idle_timeout is not None else tcp.idle_timeout
     if idle is not None:
@@ -116,8 +139,8 @@ def _http_options(tcp: TcpSettings, http: HttpSettings, *, is_http2: bool) -> Js
     if http.max_requests_per_connection:
         common["max_requests_per_connection"] = http.max_requests_per_connection
     streams = {"max_concurrent_streams": http.max_concurrent_streams} if http.max_concurrent_streams else {}
-    explicit: Json = {"http2_protocol_options": streams} if speaks_http2 else {"http_protocol_options": {}}
-    options: Json = {"@type": TYPE_URL + _HTTP_OPTIONS, "explicit_http_config": explicit}
+    explicit: Json = {"http2_protocol_options": streams} if is_http2 else {"http_protocol_options": {}}
+    options: Json = {"@type": TYPE_URL + HTTP_OPTIONS, "explicit_http_config": explicit}
     if common:
         options["common_http_protocol_options"] = common
     return options

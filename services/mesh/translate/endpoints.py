@@ -1,12 +1,17 @@
 """Who answers: endpoints of a port, narrowed to a subset by label, ordered by distance where ejection can use it."""
 
+from collections.abc import Mapping
+
 from services.mesh.policy.destination_rule import TrafficPolicy
 from services.mesh.translate.names import ENDPOINTS, Json, cluster_name, locality, socket_address
 from services.mesh.translate.node import NodeSettings
-from services.mesh.translate.world import Host, Member, Port, World
+from services.mesh.translate.tls import IS_MESHED
+from services.mesh.translate.world import Host, Member, Port
+
+_MESHED: Json = {"metadata": {"filter_metadata": {"envoy.transport_socket_match": IS_MESHED}}}
 
 
-def assignments(world: World, node: NodeSettings) -> list[Json]:
+def assignments(hosts: Mapping[str, Host], node: NodeSettings) -> list[Json]:
     """The endpoints of every cluster that Envoy does not resolve by itself."""
     return [
         {
@@ -18,7 +23,7 @@ def assignments(world: World, node: NodeSettings) -> list[Json]:
                 node,
             ),
         }
-        for host in world.hosts.values()
+        for _, host in sorted(hosts.items())
         if not host.resolves_by_dns
         for port in host.ports
         for subset in ("", *(subset.name for subset in host.subsets))
@@ -48,6 +53,7 @@ def load_assignment(name: str, members: tuple[Member, ...], traffic: TrafficPoli
                     {
                         "endpoint": {"address": socket_address(m.endpoint.address, m.endpoint.port)},
                         "load_balancing_weight": m.weight,
+                        **(_MESHED if m.endpoint.has_sidecar else {}),
                     }
                     for m in here
                 ],

@@ -18,9 +18,19 @@ LB_NAMESPACE = "envoy.lb"
 UNLIMITED = 4_294_967_295
 
 
-def cluster_name(host: str, port: int, subset: str = "") -> str:
-    """Istio's name for the cluster of a service port, or of one subset of it."""
-    return f"outbound|{port}|{subset}|{host}"
+def cluster_name(host: str, port: int, subset: str = "", caller: str = "") -> str:
+    """Istio's name for the cluster of a service port, or of one subset of it; each calling account has its own."""
+    return owned(f"outbound|{port}|{subset}|{host}", caller)
+
+
+def owned(name: str, owner: str) -> str:
+    """In Istio every proxy has a process of its own; here they share one, so names say whose they are."""
+    return f"{owner}~{name}" if owner else name
+
+
+def sni(host: str, port: int, subset: str = "") -> str:
+    """The server name Istio's clients send, by which a gateway between two clouds knows where a connection goes."""
+    return f"outbound_.{port}_.{subset}_.{host}"
 
 
 def file_name(resource: str) -> str:

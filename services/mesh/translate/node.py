@@ -4,6 +4,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from services.mesh.registry import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A service account whose calls leave by an outbound listener of its own, with its own certificate.
+
+    `calls` are the services it may name, as an Istio Sidecar's egress hosts would say: what nobody can use is not
+    generated. None means every service.
+    """
+
+    service_account: str
+    port: int
+    calls: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InboundPort:
+    """A port of a workload: its number as policies name it, where Envoy listens, and where the process does."""
+
+    number: int
+    protocol: Literal["grpc", "http"]
+    listens: int
+    forwards_to: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """The inbound side of one workload."""
+
+    workload: Workload
+    service: str
+    ports: tuple[InboundPort, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
@@ -14,6 +48,16 @@ class NodeSettings:
     listen_address: str = "127.0.0.1"
     ingress_port: int = 8080
     outbound_port: int = 15001
+    """Where calls of no particular account leave; used only without `callers`."""
+    callers: tuple[Caller, ...] = ()
+    """The accounts behind this Envoy; each has its own outbound listener and its own clusters."""
+    sidecars: tuple[Sidecar, ...] = ()
+    """The processes behind this Envoy; each has a listener per port, from the start."""
+    identities: Path | None = None
+    """Folder with the certificates (`services/mesh/identity`); None: this Envoy cannot speak TLS."""
+    namespace: str = "autoglm"
+    upstream_address: str = "127.0.0.1"
+    """Where the processes behind the sidecars listen, and where the outbound listeners do."""
     admin_port: int = 15000
     otlp_endpoint: str = ""
     """`host:port` of an OTLP/gRPC receiver; empty: no spans leave Envoy."""
@@ -40,3 +84,7 @@ class NodeSettings:
     """Ingress only: how long a client may take to send its request headers."""
     connection_idle_timeout_s: float = 3600.0
     """Closes connections without a request; streams never time out by idling."""
+
+    def __post_init__(self) -> None:
+        if (self.sidecars or self.callers) and self.identities is None:
+            raise ValueError("sidecars and callers need identities: a sidecar without a certificate protects nothing")

@@ -8,7 +8,7 @@ failureMode (docs/decisions/0002 has the measurements). Tokens are never copied 
 
 from collections.abc import Mapping
 
-from services.mesh.translate.names import LB_NAMESPACE, TYPE_URL, Json, cluster_name, seconds
+from services.mesh.translate.names import LB_NAMESPACE, TYPE_URL, Json, seconds
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.world import PickedBy, World
 
@@ -73,4 +73,5 @@ def per_route(picked_by: PickedBy, subset_labels: Mapping[str, str], node: NodeS
 
 
 def _service(picked_by: PickedBy) -> Json:
-    return {"envoy_grpc": {"cluster_name": cluster_name(picked_by.host, picked_by.port)}}
+    # By itself Envoy would send the cluster's name as authority, whose bars another Envoy refuses.
+    return {"envoy_grpc": {"cluster_name": picked_by.cluster, "authority": f"{picked_by.host}:{picked_by.port}"}}

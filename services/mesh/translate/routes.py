@@ -1,7 +1,7 @@
 """VirtualService → virtual hosts and routes.
 
-Two route configurations: `outbound` for calls between services, `ingress` for the outside. Both are validated against
-the clusters Envoy knows, so a route to nowhere is refused and the old one stays.
+One route configuration per calling account for calls between services, and `ingress` for the outside. All are
+validated against the clusters Envoy knows, so a route to nowhere is refused and the old one stays.
 """
 
 from collections.abc import Iterable
@@ -12,23 +12,22 @@ from services.mesh.policy.objects import gateway_name, qualified
 from services.mesh.policy.virtual_service import MESH, Destination, Fault, Headers, Match, Route, VirtualService
 from services.mesh.translate.balancing import hash_policy
 from services.mesh.translate.matching import route_match
-from services.mesh.translate.names import ROUTES, TYPE_URL, Json, cluster_name, domains, seconds, share
+from services.mesh.translate.names import ROUTES, TYPE_URL, Json, domains, seconds, share
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import EXT_PROC, per_route
 from services.mesh.translate.retrying import retry_policy
+from services.mesh.translate.views import INGRESS, View, bound
 from services.mesh.translate.world import Host, World
 
-OUTBOUND = "outbound"
-INGRESS = "ingress"
 FAULT = "envoy.filters.http.fault"
 
 
-def outbound_routes(policy: Policy, world: World, node: NodeSettings) -> Json:
+def outbound_routes(policy: Policy, view: View, node: NodeSettings) -> Json:
     """A virtual host per service port; what no VirtualService mentions goes to the plain cluster."""
-    hosts = []
+    hosts, world = [], view.world
     taken: set[str] = set()
     for host in world.hosts.values():
-        service = _bound(policy, host.name)
+        service = bound(policy, host.name)
         for index, port in enumerate(host.ports):
             routes = _routes(service, world, node, MESH, port.number) if service is not None else []
             if service is None:
@@ -37,10 +36,10 @@ def outbound_routes(policy: Policy, world: World, node: NodeSettings) -> Json:
             taken |= set(names)
             hosts.append(_virtual_host(f"{host.name}:{port.number}", names, routes))
     nowhere = {"name": "block_all", "match": {"prefix": "/"}, "direct_response": {"status": 502}}
-    return _configuration(OUTBOUND, [*hosts, _virtual_host("block_all", ["*"], [nowhere])])
+    return _configuration(view.name, [*hosts, _virtual_host("block_all", ["*"], [nowhere])])
 
 
-def ingress_routes(policy: Policy, world: World, node: NodeSettings) -> Json:
+def ingress_routes(policy: Policy, view: View, node: NodeSettings) -> Json:
     """The virtual hosts of the one Gateway, from every VirtualService that names it."""
     hosts = []
     for gateway in policy.gateways:
@@ -53,7 +52,7 @@ def ingress_routes(policy: Policy, world: World, node: NodeSettings) -> Json:
             for pattern in service.spec.hosts:
                 host = qualified(pattern, namespace)
                 if any(_admits(allowed, host) for allowed in server.hosts):
-                    routes = _routes(service, world, node, name, server.port.number)
+                    routes = _routes(service, view.world, node, name, server.port.number)
                     hosts.append(_virtual_host(f"{host}:{server.port.number}", [host], routes))
     return _configuration(INGRESS, hosts)
 
@@ -70,15 +69,6 @@ def _configuration(name: str, hosts: list[Json]) -> Json:
 
 def _virtual_host(name: str, names: list[str], routes: list[Json]) -> Json:
     return {"name": name, "domains": names, "routes": routes, "include_request_attempt_count": True}
-
-
-def _bound(policy: Policy, host: str) -> VirtualService | None:
-    for service in policy.virtual_services:
-        namespace = service.metadata.namespace
-        gateways = {gateway_name(name, namespace) for name in service.spec.gateways}
-        if MESH in gateways and host in {qualified(name, namespace) for name in service.spec.hosts}:
-            return service
-    return None
 
 
 def _admits(allowed: str, host: str) -> bool:
@@ -102,7 +92,7 @@ def _routes(service: VirtualService, world: World, node: NodeSettings, gateway: 
 
 
 def _plain(host: Host, port: int, node: NodeSettings) -> Json:
-    action = {"cluster": cluster_name(host.name, port), **_timeout("0s")}
+    action = {"cluster": host.cluster(port), **_timeout("0s")}
     balancer = host.policy(port).load_balancer
     action["retry_policy"] = retry_policy(None, is_hashed=hash_policy(balancer) is not None)
     hashed = hash_policy(balancer)
@@ -122,7 +112,7 @@ def _route(route: Route, match: Match, service: VirtualService, world: World, no
     filters: Json = {}
     if len(targets) == 1:
         item, host, number = targets[0]
-        action["cluster"] = cluster_name(host.name, number, item.destination.subset or "")
+        action["cluster"] = host.cluster(number, item.destination.subset or "")
         _add_headers(result, action, (route.headers, item.headers))
         if host.picked_by is not None:
             filters[EXT_PROC] = per_route(host.picked_by, _subset_labels(host, item.destination), node)
@@ -133,7 +123,7 @@ def _route(route: Route, match: Match, service: VirtualService, world: World, no
             if item.weight == 0:
                 continue
             share_of: Json = {
-                "name": cluster_name(host.name, number, item.destination.subset or ""),
+                "name": host.cluster(number, item.destination.subset or ""),
                 "weight": item.weight,
             }
             _add_headers(share_of, share_of, (item.headers,))
@@ -214,7 +204,7 @@ def _mirrors(route: Route, namespace: str, world: World, port: int) -> list[Json
         host, number = _resolve(destination, namespace, world, port)
         policies.append(
             {
-                "cluster": cluster_name(host.name, number, destination.subset or ""),
+                "cluster": host.cluster(number, destination.subset or ""),
                 "runtime_fraction": {"default_value": share(percent)},
                 "trace_sampled": False,
                 "disable_shadow_host_suffix_append": True,

@@ -90,14 +90,16 @@ class Snapshot:
         for cluster in self.clusters:
             plain = _untyped(cluster)
             if plain["type"] == "EDS":
-                del plain["eds_cluster_config"]
-                plain |= {"type": "STATIC", "load_assignment": assignments[plain["name"]]}
+                known_as = plain.pop("eds_cluster_config")["service_name"]
+                plain |= {"type": "STATIC", "load_assignment": assignments[known_as]}
             config["static_resources"]["clusters"].append(plain)
         routes = {item["name"]: _untyped(item) for item in self.routes}
         config["static_resources"]["listeners"] = [_untyped(listener) for listener in self.listeners]
         for listener in config["static_resources"]["listeners"]:
-            manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-            manager["route_config"] = routes[manager.pop("rds")["route_config_name"]]
+            for chain in listener["filter_chains"]:
+                manager = chain["filters"][-1]["typed_config"]
+                if "rds" in manager:
+                    manager["route_config"] = routes[manager.pop("rds")["route_config_name"]]
         return config
 
     def _endpoint_files(self) -> dict[str, bytes]:

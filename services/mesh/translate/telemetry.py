@@ -40,6 +40,7 @@ _FIELDS = {
     "cluster": "%UPSTREAM_CLUSTER_RAW%",
     "upstream": "%UPSTREAM_HOST%",
     "peer": "%DOWNSTREAM_REMOTE_ADDRESS%",
+    "peer_identity": "%DOWNSTREAM_PEER_URI_SAN%",
 }
 _COUNTED: tuple[FileDescriptor, ...] = (
     cache_pb2.DESCRIPTOR,

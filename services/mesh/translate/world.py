@@ -3,7 +3,7 @@
 The rest of the translator asks this view; nothing here knows Envoy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.mesh.policy import Policy
 from services.mesh.policy.checks import picks_for
@@ -11,7 +11,9 @@ from services.mesh.policy.destination_rule import PortPolicy, Subset, TrafficPol
 from services.mesh.policy.objects import qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.registry import Endpoint, Registry
+from services.mesh.translate.names import cluster_name
 
+TLS_MODE_LABEL = "security.istio.io/tlsMode"
 _BLOCKS = (*PortPolicy.model_fields, "retry_budget")
 
 
@@ -39,11 +41,20 @@ class PickedBy:
     host: str
     port: int
     fails_open: bool
+    caller: str = ""
+
+    @property
+    def cluster(self) -> str:
+        """The cluster by which it is asked: on behalf of the caller, with the caller's certificate."""
+        return cluster_name(self.host, self.port, "", self.caller)
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A destination: a service of the registry or a host of a ServiceEntry."""
+    """A destination: a service of the registry or a host of a ServiceEntry.
+
+    `identities` are the SPIFFE ids that may answer for it; `caller` is the account from whose side it is seen.
+    """
 
     name: str
     ports: tuple[Port, ...]
@@ -51,6 +62,12 @@ class Host:
     subsets: tuple[Subset, ...]
     traffic: TrafficPolicy | None
     picked_by: PickedBy | None
+    identities: tuple[str, ...] = ()
+    caller: str = ""
+
+    def cluster(self, port: int, subset: str = "") -> str:
+        """The name of the caller's cluster for this host."""
+        return cluster_name(self.name, port, subset, self.caller)
 
     def port(self, number: int) -> Port:
         """The port of that number (checked before translation)."""
@@ -83,7 +100,8 @@ def survey(policy: Policy, registry: Registry) -> World:
             for port in service.ports
         )
         pool = next((pool for pool in policy.inference_pools if picks_for(pool, service)), None)
-        hosts[service.host] = _host(policy, service.host, ports, dns=False, pool=pool)
+        host = _host(policy, service.host, ports, dns=False, pool=pool)
+        hosts[service.host] = replace(host, identities=(service.identity,))
     for entry in policy.service_entries:
         for name in entry.spec.hosts:
             hosts[name] = _host(policy, name, _entry_ports(entry, name), dns=entry.spec.resolution == "DNS", pool=None)
@@ -107,7 +125,13 @@ def _entry_ports(entry: ServiceEntry, name: str) -> tuple[Port, ...]:
         fallback = port.target_port or port.number
         members = tuple(
             Member(
-                Endpoint(item.address, item.ports.get(port.name, fallback), item.labels, item.locality or ""),
+                Endpoint(
+                    item.address,
+                    item.ports.get(port.name, fallback),
+                    item.labels,
+                    item.locality or "",
+                    has_sidecar=item.labels.get(TLS_MODE_LABEL) == "istio",
+                ),
                 item.weight or 1,
             )
             for item in entry.spec.endpoints

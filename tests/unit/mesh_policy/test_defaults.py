@@ -346,7 +346,10 @@ def test_routes_to_a_picked_host_ask_the_picker(dialect: Any, body: str, trailer
     }
     assert overrides[0]["failure_mode_allow"] is False  # FailClose in this policy
     assert overrides[0]["grpc_service"] == {
-        "envoy_grpc": {"cluster_name": "outbound|50051||scheduler.autoglm.svc.cluster.local"},
+        "envoy_grpc": {
+            "cluster_name": "outbound|50051||scheduler.autoglm.svc.cluster.local",
+            "authority": "scheduler.autoglm.svc.cluster.local:50051",
+        },
     }
     filters = translate(EVERYTHING, registry(), node).listeners[0]["filter_chains"][0]["filters"][0]["typed_config"][
         "http_filters"

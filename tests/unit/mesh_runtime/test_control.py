@@ -120,7 +120,7 @@ async def test_half_an_answer_of_envoys_is_no_answer() -> None:
 
 
 def leave_state(directory: RunDirectory, pid: int, phase: str) -> None:
-    nowhere = Addresses(ingress="", outbound="", admin="", otlp="", traces="")
+    nowhere = Addresses(ingress="", admin="", otlp="", traces="")
     made = MeshState.model_validate({"phase": phase, "pid": pid, "started_unix_s": 0, "addresses": nowhere})
     write_atomically(directory.state, made.model_dump_json())
 

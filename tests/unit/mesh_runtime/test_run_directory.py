@@ -54,7 +54,7 @@ def test_a_taken_port_is_named_with_the_setting_that_moves_it() -> None:
     """The message says which port, what it is for, and what to type instead."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
-        settings = MeshSettings(ingress_port=number, outbound_port=0, admin_port=0, otlp_port=0)
+        settings = MeshSettings(ingress_port=number, admin_port=0, otlp_port=0)
         (line,) = ports.conflicts(settings)
     assert str(number) in line and "clients connect here" in line and "AUTOGLM_INGRESS_PORT=" in line
 
@@ -62,7 +62,7 @@ def test_a_taken_port_is_named_with_the_setting_that_moves_it() -> None:
 def test_one_port_for_two_purposes_is_a_conflict() -> None:
     """Both settings are named."""
     free = next(ports.free("127.0.0.1"))
-    settings = MeshSettings(ingress_port=free, outbound_port=0, admin_port=free, otlp_port=0)
+    settings = MeshSettings(ingress_port=free, admin_port=free, otlp_port=0)
     (line,) = ports.conflicts(settings)
     assert "AUTOGLM_INGRESS_PORT" in line and "AUTOGLM_ADMIN_PORT" in line
 

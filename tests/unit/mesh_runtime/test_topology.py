@@ -47,7 +47,8 @@ def test_only_ready_instances_are_endpoints(tmp_path: Path) -> None:
     instances = topology.instances(loaded, range(100, 200))
     services = {item.name: item for item in topology.registry(loaded, "autoglm", "127.0.0.1", instances[2:]).services}
     assert services["cache"].endpoints["grpc"] == ()
-    assert [item.port for item in services["worker"].endpoints["grpc"]] == [instances[2].ports["grpc"]]
+    assert [item.port for item in services["worker"].endpoints["grpc"]] == [instances[2].inbound["grpc"]]
+    assert services["worker"].endpoints["grpc"][0].has_sidecar
     assert services["worker"].selector == {"app": "worker"}
 
 
