@@ -126,6 +126,7 @@ model: $(READY_DEV) ## train glm-tiny again from the standard library (up to two
 
 packages: ## system packages that tests use when they are there (Debian; needs root)
 	command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
+	{ command -v prometheus && command -v promtool; } >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 	{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user; }
 
 clean: stop clouds-stop ## remove what was installed and generated here

@@ -16,8 +16,9 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram
 
+from services.chassis import metrics_page
 from services.chassis.settings import ServiceSettings
 
 SPAN_DELAY_MS = 200
@@ -47,8 +48,7 @@ def start(service: str, settings: ServiceSettings, **attributes: str) -> int:
         exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=True, timeout=5)
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=SPAN_DELAY_MS))
     trace.set_tracer_provider(provider)
-    server, _ = start_http_server(settings.metrics_port, addr=settings.bind)
-    return int(server.server_port)
+    return metrics_page.serve(settings.bind, settings.metrics_port)
 
 
 def stop() -> None:

@@ -13,6 +13,7 @@ from prometheus_client.core import REGISTRY, CounterMetricFamily, GaugeMetricFam
 from prometheus_client.registry import Collector
 
 from services.sparse_inference import observation
+from services.sparse_inference.engines import skips
 from services.sparse_inference.settings import WorkerSettings
 from services.sparse_inference.worker import Worker
 
@@ -44,6 +45,7 @@ class LoadCollector(Collector):
             yield _gauge(name, text, labels, value)
         info = labels | {"block_size": str(block_tokens), "num_gpu_blocks": str(blocks), "cache_dtype": "auto"}
         yield _gauge("vllm:cache_config_info", "Key-value blocks: tokens of one, and how many", info, 1)
+        yield _gauge("autoglm_worker_info", "What this worker runs, and how", labels | self._how(), 1)
         adapters = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
         yield _gauge("vllm:lora_requests_info", "Adapters: none are served", adapters, 0)
         for name, text, value in (
@@ -60,6 +62,18 @@ class LoadCollector(Collector):
             ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right", load.accepted_tokens),
         ):
             yield _counter(name, text, labels, value)
+
+    def _how(self) -> dict[str, str]:
+        settings, variant = self._settings, self._worker.variant
+        is_sparse = settings.executor == "native" and skips(settings, variant.architecture)
+        return {
+            "variant": variant.digest[:12],
+            "version": settings.label_map.get("version", ""),
+            "executor": settings.executor,
+            "precision": settings.precision,
+            "kv_precision": settings.kv_precision,
+            "sparsity": "neurons" if is_sparse else "dense",
+        }
 
 
 class _Busy(Protocol):

@@ -21,6 +21,7 @@ from engine.prefix import block_checksum, block_hashes, scope_key
 from engine.runtime.pages import PagePool
 from services.chassis import telemetry
 from services.chassis.errors import ServiceError
+from services.chassis.tracing import untraced
 
 log = logging.getLogger("autoglm.prefixes")
 tracer = trace.get_tracer("autoglm.sparse_inference")
@@ -186,8 +187,10 @@ class Prefixes:
     async def _put(self, scope: Scope, blocks: Sequence[tuple[bytes, bytes]]) -> None:
         batch = [StoredBlock(name, payload, block_checksum(scope.key, name, payload)) for name, payload in blocks]
         try:
-            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                stored = await self._remote.put(scope, batch)
+            # A block every few tokens: as traces of their own these calls would outnumber the requests'.
+            with untraced():
+                async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                    stored = await self._remote.put(scope, batch)
             PUBLISHED.labels("stored").inc(stored)
             PUBLISHED.labels("present").inc(len(batch) - stored)
         except Exception as error:

@@ -415,6 +415,7 @@ def test_streams_have_no_idle_limit_and_listeners_have_bounds() -> None:
     layer = snapshot.bootstrap["layered_runtime"]["layers"][0]["static_layer"]
     assert layer["envoy.resource_limits.listener.ingress.connection_limit"] == 4096
     assert layer["tracing.opentelemetry.flush_interval_ms"] == 200
+    assert layer["tracing.opentelemetry.min_flush_spans"] == 256
     assert (
         "tracing"
         not in translate(EVERYTHING, registry(), NODE).listeners[0]["filter_chains"][0]["filters"][0]["typed_config"]
