@@ -109,6 +109,7 @@ proto-release: $(READY_DEV) ## declare the protos as they are to be the release 
 
 bench: $(READY_DEV) ## measure the claims and write benchmarks/results
 	$(TEST_ENV) $(BIN)/python -m benchmarks.mesh
+	$(TEST_ENV) $(BIN)/python -m benchmarks.token_limit
 
 bench-engine: $(READY_DEV) ## the engine under mixed load, its memory, the mesh around it (ARGS="mixed-load --quick")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
@@ -125,6 +126,7 @@ model: $(READY_DEV) ## train glm-tiny again from the standard library (up to two
 
 packages: ## system packages that tests use when they are there (Debian; needs root)
 	command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
+	{ command -v prometheus && command -v promtool; } >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 	{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user; }
 
 clean: stop clouds-stop ## remove what was installed and generated here

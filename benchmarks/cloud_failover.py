@@ -7,6 +7,7 @@ the third. That one vanishes: its cable is pulled (no packet, no reset), or its 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections import Counter
@@ -26,10 +27,11 @@ LOST = "azure"
 LOST_REGION = "eastus"
 SHARE = 30
 """Percent of the requests of each door that go to the cloud that will be lost."""
-RATE = 3.0
+RATE = 2.0
 """Requests a second at each door: the machine has two cores for three clouds."""
-STREAMS = 4
+STREAMS = 2
 """Long answers that the lost cloud is giving when it goes."""
+LONG = 1800
 HANG_S = 20.0
 """What has not ended by then counts as hanging."""
 RAMP_S = 10.0
@@ -76,7 +78,7 @@ class Traffic:
 
     async def stream(self, name: str, number: int) -> Sent:
         """A long answer from the cloud that will be lost, asked for at a door."""
-        return await ask(self._callers[name], 1_000_000 + number, 1800, {"x-data-region": LOST})
+        return await ask(self._callers[name], 1_000_000 + number, LONG, {"x-data-region": LOST})
 
     async def close(self) -> None:
         await asyncio.gather(*self._tasks)
@@ -91,7 +93,7 @@ async def ask(caller: autoglm.AsyncClient, number: int, tokens: int, metadata: d
     """One request, to its end or to HANG_S."""
     began, outcome = time.time(), "hung"
     try:
-        async with asyncio.timeout(HANG_S * (3 if tokens > 100 else 1)):
+        async with asyncio.timeout(HANG_S * (3 if tokens == LONG else 1)):
             stream = caller.stream(
                 f"# {number}\n",
                 model=MODEL,
@@ -177,6 +179,7 @@ async def drill(clouds: Clouds, silent: int = 3, killed: int = 1) -> tuple[list[
     details = {
         "rate_per_door": RATE,
         "share_percent": SHARE,
+        "load_average": os.getloadavg(),
         "requests": len(traffic.sent),
         "outcomes": dict(Counter(item.outcome for item in traffic.sent)),
         "losses": [_told(loss, traffic.sent, served) for loss in losses],
@@ -270,16 +273,20 @@ def _bars(kind: str, losses: list[Loss], sent: list[Sent], served: list[float]) 
 
 def _recovery_s(loss: Loss, sent: list[Sent]) -> float:
     """From the cut until no caller sees anything of it: the end of the last request that failed or was held up."""
+    return max((item.ended for item in _hurt(loss, sent)), default=loss.cut) - loss.cut
+
+
+def _hurt(loss: Loss, sent: list[Sent]) -> list[Sent]:
+    """Requests around the loss that failed, or took two seconds more than 99 % did before the first loss."""
     usual = sorted(item.ended - item.began for item in sent if item.is_ok and item.ended < loss.cut)
     held_up = 2.0 + usual[int(0.99 * (len(usual) - 1))] if usual else 2.0
-    hurt = [
-        item.ended
+    return [
+        item
         for item in sent
         if loss.cut - 1.0 <= item.began < loss.back
         and item.ended > loss.cut
         and (not item.is_ok or item.ended - item.began > held_up)
     ]
-    return max(hurt, default=loss.cut) - loss.cut
 
 
 def _shares(loss: Loss, sent: list[Sent], served: list[float]) -> tuple[float, float]:
@@ -299,6 +306,10 @@ def _told(loss: Loss, sent: list[Sent], served: list[float]) -> dict[str, Any]:
         "failed_before_detection": sum(not item.is_ok for item in between),
         "requests_before_detection": len(between),
         "recovery_s": _recovery_s(loss, sent),
+        "hurt": [
+            {"began_s": item.began - loss.cut, "took_s": item.ended - item.began, "outcome": item.outcome}
+            for item in _hurt(loss, sent)
+        ],
         "streams": [{"outcome": item.outcome, "ended_s": item.ended - loss.cut} for item in loss.streams],
         "share_after_return": _shares(loss, sent, served),
     }

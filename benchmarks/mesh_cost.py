@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import autoglm
@@ -47,19 +48,20 @@ def direct_gateway(mesh: Mesh) -> Iterator[str]:
         "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "sdk"))),
         "PYTHONUNBUFFERED": "1",
     }
-    with mesh.directory.log("direct-gateway").open("w") as log:
+    log = mesh.directory.log("direct-gateway")
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.direct_gateway"], env=environment, stdout=subprocess.PIPE, stderr=log
+            [sys.executable, "-m", "benchmarks.direct_gateway"], env=environment, stdout=output, stderr=output
         )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if b'"ready"' in line:
-                    break
-            yield address
-        finally:
-            process.terminate()
-            process.communicate()
+    try:
+        while b'"message": "ready"' not in log.read_bytes():
+            if process.poll() is not None:
+                raise RuntimeError(f"the direct gateway did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
 
 
 async def first_token_ms(caller: autoglm.AsyncClient, number: int) -> float:
@@ -101,26 +103,40 @@ def stream(caller: autoglm.AsyncClient, number: int, tokens: int) -> Any:
     )
 
 
-async def compare(ways: dict[str, autoglm.AsyncClient], requests: int, rounds: int, tokens: int) -> dict[str, Any]:
-    """First tokens and rates of each way, taken in turn; every second turn runs backwards."""
+def processor_s(pid: int) -> float:
+    """Processor time of a process so far: steadier than clocks where others use the machine, too."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def compare(
+    ways: dict[str, autoglm.AsyncClient], envoy: int, requests: int, rounds: int, tokens: int
+) -> dict[str, Any]:
+    """First tokens and rates of each way, taken in turn; every second turn runs backwards.
+
+    Also the milliseconds that the process `envoy` worked for each request of each way, and for each token.
+    """
     firsts: dict[str, list[float]] = {name: [] for name in ways}
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    worked_ms = {name: {"per_request": 0.0, "per_token": 0.0} for name in ways}
     for number in range(-10, requests):
         for name, caller in _in_turn(ways, number):
+            before = processor_s(envoy)
             took = await first_token_ms(caller, abs(number))
             if number >= 0:
                 firsts[name].append(took)
+                worked_ms[name]["per_request"] += (processor_s(envoy) - before) * 1e3 / requests
     for number in range(-1, rounds):
         for name, caller in _in_turn(ways, number):
+            before = processor_s(envoy)
             rate = await tokens_per_s(caller, abs(number), tokens)
             if number >= 0:
                 rates[name].append(rate)
-    return {"first_token_ms": firsts, "tokens_per_s": rates}
+                worked_ms[name]["per_token"] += (processor_s(envoy) - before) * 1e3 / (rounds * tokens * STREAMS)
+    return {"first_token_ms": firsts, "tokens_per_s": rates, "envoy_ms": worked_ms}
 
 
-async def drill(
-    mesh: Mesh, requests: int = 200, rounds: int = 12, tokens: int = 128
-) -> tuple[list[Bar], dict[str, Any]]:
+async def drill(mesh: Mesh, requests: int = 120, rounds: int = 8, tokens: int = 64) -> tuple[list[Bar], dict[str, Any]]:
     """With the policy as it stands, then without its InferencePool."""
     with direct_gateway(mesh) as direct:
         door = f"127.0.0.1:{mesh.processes('gateway')[0].ports['grpc']}"
@@ -129,11 +145,15 @@ async def drill(
                 name: await stack.enter_async_context(autoglm.AsyncClient(address))
                 for name, address in (("whole", mesh.ingress), ("door", door), ("direct", direct))
             }
-            picked = await compare(ways, requests, rounds, tokens)
+            envoy = mesh.processes("envoy")[0].pid
+            assert envoy is not None
+            picked = await compare(ways, envoy, requests, rounds, tokens)
             version = mesh.state.policy.version
             (mesh.policy / "inference-pool.yaml").unlink()
             await mesh.until(lambda: mesh.state.policy.version != version, "the policy without a pool is in force")
-            alone = await compare({"unpicked": ways["whole"], "direct": ways["direct"]}, requests, rounds, tokens)
+            alone = await compare(
+                {"unpicked": ways["whole"], "direct": ways["direct"]}, envoy, requests, rounds, tokens
+            )
     handshakes = mesh.envoy_stat("ssl.handshake")
     added = {
         "whole": _added(picked, "whole", "direct"),
@@ -187,8 +207,8 @@ def _shown(values: dict[str, float]) -> str:
 
 def _summary(measured: dict[str, Any]) -> dict[str, Any]:
     """Medians with quartiles."""
-    found: dict[str, Any] = {}
-    for kind, ways in measured.items():
+    found: dict[str, Any] = {"envoy_ms": measured["envoy_ms"]}
+    for kind, ways in ((kind, ways) for kind, ways in measured.items() if kind != "envoy_ms"):
         for way, values in ways.items():
             low, middle, high = statistics.quantiles(values, n=4)
             found.setdefault(kind, {})[way] = {"p50": middle, "quartile_1": low, "quartile_3": high}

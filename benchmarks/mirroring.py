@@ -96,7 +96,9 @@ class Upstream(grpc.GenericRpcHandler):
     async def _answer(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
         self.seen += 1
         if self.kind == "failing":
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not today")
+            context.set_code(grpc.StatusCode.UNAVAILABLE)
+            context.set_details("not today")
+            return
         if self.kind == "slow":
             await asyncio.sleep(SLOW_S)
         for _ in range(MESSAGES):

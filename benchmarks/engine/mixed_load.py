@@ -1,4 +1,8 @@
-"""Streams that decode while long prompts arrive one after another: how much longer their tokens take to come."""
+"""Streams that decode while long prompts arrive one after another: how much longer their tokens take to come.
+
+The streams' own contexts grow meanwhile, which alone makes their steps longer. So they are watched in quiet before the
+prompts and after them, for the same time, and the quiet figures are those of both together.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,10 @@ def measure(executor: NativeExecutor, slowdown: float, quiet_s: float, arrivals:
             stream.wait()
             first_token_s.append(time.perf_counter() - asked)
         end = time.perf_counter()
-        quiet, busy = gaps_ms(streams, begin, middle), gaps_ms(streams, middle, end)
+        time.sleep(quiet_s)
+        after = time.perf_counter()
+        before_ms, after_ms = gaps_ms(streams, begin, middle), gaps_ms(streams, end, after)
+        quiet, busy = before_ms + after_ms, gaps_ms(streams, middle, end)
         for running_one in list(loop._running):
             loop.cancel(running_one)
         for stream in streams:
@@ -47,6 +54,8 @@ def measure(executor: NativeExecutor, slowdown: float, quiet_s: float, arrivals:
     return {
         "slowdown": slowdown,
         "quiet_ms": {"p50": percentile(quiet, 0.5), "p99": percentile(quiet, 0.99), "tokens": len(quiet)},
+        "quiet_before_p99_ms": percentile(before_ms, 0.99),
+        "quiet_after_p99_ms": percentile(after_ms, 0.99),
         "busy_ms": {
             "p50": percentile(busy, 0.5),
             "p99": percentile(busy, 0.99),

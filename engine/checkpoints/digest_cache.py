@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.files import open_regular, read_bounded
 
 CHUNK = 1 << 20
@@ -100,6 +101,23 @@ class DigestCache:
         entries = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         for path in entries[: max(0, len(entries) - self.max_entries)]:
             path.unlink(missing_ok=True)
+
+
+class WeightsDigest:
+    """A checkpoint's `weight_files_digest`: found when first asked for, then the same as long as it is open."""
+
+    def __init__(self, digests: DigestCache, paths: Sequence[Path]) -> None:
+        self._digests, self._paths = digests, paths
+        self._found: str | None = None
+
+    def __call__(self) -> str:
+        """Raises CheckpointError."""
+        if self._found is None:
+            try:
+                self._found = self._digests.files_digest(self._paths)
+            except OSError as error:
+                raise CheckpointError(f"{error.filename or self._paths[0]}: {error.strerror or error}") from None
+        return self._found
 
 
 def default_cache_directory() -> Path:

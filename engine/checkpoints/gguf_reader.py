@@ -27,7 +27,7 @@ from engine.checkpoints.architecture import (
     present_tensors,
     tensor_shape,
 )
-from engine.checkpoints.digest_cache import DigestCache
+from engine.checkpoints.digest_cache import DigestCache, WeightsDigest
 from engine.checkpoints.gguf_blocks import dequantise
 from engine.checkpoints.gguf_header import BLOCKS, Header, Stored, open_gguf_file, parse_header
 from engine.checkpoints.hf_config import MAX_END_TOKENS, MAX_ROTARY_ENTRIES
@@ -89,8 +89,7 @@ class GgufCheckpoint:
     def __init__(self, path: Path, max_bytes: int, digests: DigestCache) -> None:
         """Raises CheckpointError."""
         self.path = path
-        self._digests = digests
-        self._digest: str | None = None
+        self._digest = WeightsDigest(digests, [path])
         self._file = open_gguf_file(path)
         try:
             self.header = parse_header(self._file, path)
@@ -108,12 +107,7 @@ class GgufCheckpoint:
 
     @property
     def weight_files_digest(self) -> str:
-        if self._digest is None:
-            try:
-                self._digest = self._digests.files_digest([self.path])
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: {error.strerror or error}") from None
-        return self._digest
+        return self._digest()
 
     def tensor(self, name: str, layer: int | None = None) -> F32:
         place = self._place(name, layer)

@@ -19,7 +19,7 @@ from engine.checkpoints.architecture import (
     present_tensors,
     tensor_shape,
 )
-from engine.checkpoints.digest_cache import DigestCache
+from engine.checkpoints.digest_cache import DigestCache, WeightsDigest
 from engine.checkpoints.hf_config import read_architecture
 from engine.checkpoints.json_files import read_object
 from engine.checkpoints.safetensors_file import DTYPES, SafetensorsFile
@@ -74,11 +74,10 @@ class HfCheckpoint:
     def __init__(self, directory: Path, max_bytes: int, digests: DigestCache) -> None:
         """Raises CheckpointError, also when the weight files have more than `max_bytes`."""
         self._architecture = read_architecture(directory)
-        self._digests = digests
-        self._digest: str | None = None
         self._files: dict[str, SafetensorsFile] = {}
         try:
             self._where = self._open(directory)
+            self._digest = WeightsDigest(digests, [file.path for file in self._files.values()])
             size = sum(file.size for file in self._files.values())
             if size > max_bytes:
                 raise CheckpointError(f"{directory}: the weights have {size} bytes, at most {max_bytes} are allowed")
@@ -93,12 +92,7 @@ class HfCheckpoint:
 
     @property
     def weight_files_digest(self) -> str:
-        if self._digest is None:
-            try:
-                self._digest = self._digests.files_digest([file.path for file in self._files.values()])
-            except OSError as error:
-                raise CheckpointError(f"{error.filename}: {error.strerror or error}") from None
-        return self._digest
+        return self._digest()
 
     def tensor(self, name: str, layer: int | None = None) -> F32:
         place = self._place(name, layer)

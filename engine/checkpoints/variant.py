@@ -16,6 +16,7 @@ from engine.checkpoints.digest_cache import DigestCache
 from engine.checkpoints.digests import TEXT_FILES, tokenizer_digest
 from engine.checkpoints.files import identity, read_bounded
 from engine.checkpoints.hf_config import MAX_CONFIG_BYTES
+from engine.checkpoints.known_tokens import KnownTokens, known_tokens
 from engine.checkpoints.opening import MAX_BYTES, REMEMBER_NOTHING, open_checkpoint
 
 GENERATION_CONFIG = "generation_config.json"
@@ -34,6 +35,7 @@ class Variant:
     architecture: Architecture
     checkpoint: Checkpoint
     path: Path
+    known: KnownTokens
     files: tuple[tuple[Path, Identity | None], ...]
     """Everything the digest covers, as it was when hashing began."""
 
@@ -55,8 +57,12 @@ def load(path: Path, arithmetic: str, max_bytes: int = MAX_BYTES, digests: Diges
         weights = digests.file_digest(path) if is_file else checkpoint.weight_files_digest
         tokens = _tokenizer_digest(path)
         generation = "" if is_file else _generation_digest(path)
-        digest = _digest(weights, checkpoint.architecture, generation, tokens, arithmetic)
-        variant = Variant(digest, tokens, checkpoint.architecture, checkpoint, path, before)
+        arch = checkpoint.architecture
+        known = known_tokens(path, arch.vocab_size, arch.end_token_ids)
+        if known != KnownTokens(arch.vocab_size):
+            arithmetic += " known-tokens-only"
+        digest = _digest(weights, arch, generation, tokens, arithmetic)
+        variant = Variant(digest, tokens, arch, checkpoint, path, known, before)
         variant.check_unchanged()
     except OSError as error:
         checkpoint.close()

@@ -15,14 +15,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from engine.checkpoints.known_tokens import KnownTokens
 from engine.executors.interface import F32, Executor, Span, Wants
+from engine.runtime.answers import Answers
 from engine.runtime.constraints import ConstraintError
+from engine.runtime.drafting import Drafting
 from engine.runtime.pages import PagePool
 from engine.runtime.planning import Budget, Need, plan
 from engine.runtime.residency import Residency
-from engine.runtime.sampling import Logprobs, TokenCounts, draw, logprobs_of
+from engine.runtime.sampling import TokenCounts
 from engine.runtime.sequences import Event, Failure, Finished, FinishReason, Listener, Request, Running, Tokens
-from engine.runtime.speculation import DraftController, PromptLookup
 from engine.runtime.step_cost import StepCost
 
 log = logging.getLogger("autoglm.engine")
@@ -90,11 +92,16 @@ class Loop:
         pages: PagePool | None = None,
         clock: Callable[[], float] = time.monotonic,
         after_turn: Callable[[], None] = lambda: None,
+        known: KnownTokens | None = None,
     ) -> None:
-        """`pages` has as many as the executor; `after_turn` is called on the step thread when listeners were told."""
+        """`pages` has as many as the executor; `after_turn` is called on the step thread when listeners were told;
+        of the vocabulary only `known` ids are drawn, None: all.
+        """
         self._executor, self._limits, self._clock, self._after_turn = executor, limits, clock, after_turn
         self.pages = PagePool(executor.page_count) if pages is None else pages
         self._residency = Residency(executor, self.pages)
+        self._answers = Answers(KnownTokens(executor.vocab_size) if known is None else known)
+        self._drafting = Drafting(limits.max_draft, limits.draft_match)
         self._cost = StepCost()
         self._budget = Budget(
             max_rows=min(limits.step_rows, executor.max_rows),
@@ -109,7 +116,6 @@ class Loop:
         self._closed = False
         self._arrivals = self._turns = 0
         self._generated = self._steps = self._preemptions = self._prefilled = 0
-        self._drafts = self._drafted = self._accepted = 0
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     def start(self) -> None:
@@ -160,9 +166,9 @@ class Loop:
             steps=self._steps,
             kv_kept_bytes=self.pages.kept * self._executor.page_bytes,
             preemptions=self._preemptions,
-            drafts=self._drafts,
-            draft_tokens=self._drafted,
-            accepted_tokens=self._accepted,
+            drafts=self._drafting.drafts,
+            draft_tokens=self._drafting.tokens,
+            accepted_tokens=self._drafting.accepted,
             prefilled_tokens=self._prefilled,
         )
 
@@ -258,9 +264,7 @@ class Loop:
         if request.sampling.has_penalties:
             cut = sequence.prompt_tokens
             sequence.seen = TokenCounts(sequence.tokens[:cut], sequence.tokens[cut:])
-        if self._limits.max_draft and not sequence.is_scoring:
-            sequence.lookup = PromptLookup(sequence.tokens, self._limits.draft_match)
-            sequence.drafts = DraftController(self._limits.max_draft)
+        self._drafting.begin(sequence)
         if request.prefix_blocks:
             sequence.request = replace(request, prefix_blocks={})  # not twice in memory while it runs
 
@@ -314,7 +318,7 @@ class Loop:
         self._turns += 1
         running = list(self._running)
         decoding = sum(1 for sequence in running if sequence.pending == 1)
-        drafts = [self._draft(sequence, decoding) for sequence in running]
+        drafts = [self._drafting.propose(sequence, decoding, self._cost) for sequence in running]
         needs = [
             Need(sequence.pending, len(draft), sequence.is_scoring)
             for sequence, draft in zip(running, drafts, strict=True)
@@ -345,22 +349,6 @@ class Loop:
             planned.append((sequence, Span(ids, computed, sequence.pages, wants), draft))
         return planned
 
-    def _draft(self, sequence: Running, decoding: int) -> list[int]:
-        lookup, control = sequence.lookup, sequence.drafts
-        if lookup is None or control is None or sequence.pending != 1 or not lookup.has_match:
-            return []
-        most = min(
-            control.wanted(self._cost.predict(decoding, 0), self._cost.decode_row_s, decoding),
-            sequence.request.max_tokens - sequence.produced - 1,
-        )
-        draft = lookup.draft(most)
-        if draft and sequence.request.matcher is not None:
-            try:
-                draft = draft[: sequence.request.matcher.allowed(draft)]
-            except ConstraintError:  # told when a token is drawn; until then it drafts no more
-                sequence.lookup, draft = None, []
-        return draft
-
     def _advance(self, sequence: Running, span: Span, drafts: list[int], logits: F32 | None) -> None:
         start = sequence.computed
         sequence.computed += len(span.token_ids) - len(drafts)
@@ -375,74 +363,20 @@ class Loop:
                 sequence.lookup.advance()
 
     def _generate(self, sequence: Running, drafts: list[int], logits: F32) -> None:
-        """Draws a token from each row as long as the row's draft was what was drawn."""
-        request, matcher = sequence.request, sequence.request.matcher
-        made: list[int] = []
-        scores: list[Logprobs] = []
-        end: tuple[FinishReason, int | None] | None = None
-        accepted = 0
-        for row in range(1 + len(drafts)):
-            if sequence.produced >= request.max_tokens:
-                end = (FinishReason.LENGTH, None)
-                break
-            row_logits, position = logits[row], sequence.position
-            token = draw(
-                row_logits,
-                request.sampling,
-                sequence.seen,
-                position,
-                None if matcher is None else matcher.mask(),
-                sequence.endings if position < request.min_tokens else (),
-            )
-            if token in sequence.endings:
-                end = (FinishReason.STOP, token)
-                break
-            if matcher is not None:
-                matcher.advance(token)
-            if request.logprobs:
-                scores.append(logprobs_of(row_logits, token, request.top_logprobs))
-            made.append(token)
-            sequence.tokens.append(token)
-            if request.sampling.has_penalties:
-                sequence.seen.add(token)
-            if matcher is not None and matcher.is_complete:
-                end = (FinishReason.STOP, None)
-                break
-            if row == len(drafts) or token != drafts[row]:
-                break
-            accepted += 1
-            sequence.computed += 1  # the draft's keys and values are this token's
-        if drafts and sequence.drafts is not None:
-            sequence.drafts.learn(len(drafts), accepted)
-            self._drafts += 1
-            self._drafted += len(drafts)
-            self._accepted += accepted
-        if sequence.lookup is not None:
-            sequence.lookup.advance()
+        drawn = self._answers.draw(sequence, drafts, logits)
+        self._drafting.learn(sequence, len(drafts), drawn.accepted)
         self._residency.settle(sequence)
-        self._generated += len(made)
-        if made:
-            self._tell(sequence, Tokens(tuple(made), tuple(scores), sequence.cached_prompt_tokens))
-        if end is None and sequence.produced >= request.max_tokens:
-            end = (FinishReason.LENGTH, None)
-        if end is not None:
-            self._finish(sequence, *end)
+        self._generated += len(drawn.token_ids)
+        if drawn.token_ids:
+            self._tell(sequence, Tokens(drawn.token_ids, drawn.logprobs, sequence.cached_prompt_tokens))
+        if drawn.end is not None:
+            self._finish(sequence, *drawn.end)
 
     def _score(self, sequence: Running, start: int, logits: F32 | None) -> None:
-        """Row i of `logits` predicts the token at start + i + 1; None when none of those is to be told."""
-        request, tokens = sequence.request, sequence.tokens
-        ids: list[int] = []
-        scores: list[Logprobs] = []
-        for row in range(0 if logits is None else len(logits)):
-            assert logits is not None
-            position = start + row + 1
-            if sequence.scored <= position < len(tokens):
-                ids.append(tokens[position])
-                scores.append(logprobs_of(logits[row], tokens[position], request.top_logprobs))
-                sequence.scored = position + 1
+        told = None if logits is None else self._answers.score(sequence, start, logits)
         self._residency.settle(sequence)
-        if ids:
-            self._tell(sequence, Tokens(tuple(ids), tuple(scores)))
+        if told is not None:
+            self._tell(sequence, told)
         if sequence.pending == 0:
             self._finish(sequence, FinishReason.LENGTH, None)
 

@@ -106,7 +106,7 @@ def draw(
     else is allowed. Raises FloatingPointError when the logits are not numbers: any choice would be arbitrary.
     """
     if banned:
-        fewer = _without(allowed, banned, len(logits))
+        fewer = without(banned, len(logits), allowed)
         token = _draw(logits, sampling, seen, position, fewer)
         if token != NOTHING_ALLOWED:
             return token  # otherwise the constraint is fulfilled and only the end remains
@@ -153,7 +153,8 @@ def _draw(logits: F32, sampling: Sampling, seen: TokenCounts, position: int, all
     return token
 
 
-def _without(allowed: Mask | None, banned: Collection[int], size: int) -> Mask:
+def without(banned: Collection[int], size: int, allowed: Mask | None = None) -> Mask:
+    """The bits of `allowed`, all of `size` by default, but for those of `banned`."""
     words = -(-size // 32)
     mask = np.full(words, 0xFFFFFFFF, np.uint32) if allowed is None else allowed.copy()
     for token in banned:

@@ -3,16 +3,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
-#include "pack.h"
+#include "model_memory.h"
 
 namespace autoglm {
 namespace {
 
 constexpr int kPrivateRows = 2;      // so few rows are normed and quantised by every thread itself, without a barrier
-constexpr int kSparseRows = 8;       // more rows share too few inactive neurons
 constexpr size_t kTokenBytes = 192u << 10;   // activations of a token block: they stay in the second-level cache
 constexpr int kTask = 64;            // outputs of a task: four panels, read side by side
 constexpr int kTileRows = 8;         // query rows of an attention task
@@ -23,51 +21,9 @@ int token_block(const Matrix& w, const Activations& a) {
   return std::max(20, int(kTokenBytes / bytes) / 10 * 10);
 }
 
-int pad(int n, int to) { return (n + to - 1) / to * to; }
-
-struct Free { void operator()(void* p) const { std::free(p); } };
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> buffer(size_t n) {
-  const size_t bytes = (n * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
-  void* p = std::aligned_alloc(kAlignment, bytes);
-  if (!p) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(p));
-}
-
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
-
-// Quantised rows with their memory.
-struct Quantised {
-  Buffer<int8_t> q8;
-  Buffer<int16_t> q16;
-  Buffer<float> scale;
-  Buffer<int32_t> sum;
-
-  void reserve(int rows, int k, bool wide) {
-    const size_t n = size_t(rows) * size_t(k);
-    q8 = buffer<int8_t>(n);
-    if (wide) q16 = buffer<int16_t>(n);
-    scale = buffer<float>(n / 32 + size_t(rows));
-    sum = buffer<int32_t>(n / 32 + size_t(rows));
-  }
-
-  Activations view(int rows, int k, int group) const {
-    Activations a;
-    a.rows = rows;
-    a.k = k;
-    a.group = group;
-    a.q8 = q8.get();
-    a.q16 = q16.get();
-    a.scale = scale.get();
-    a.sum8 = sum.get();
-    return a;
-  }
-};
 
 Activations part(const Activations& a, int from, int rows) {
   Activations p = a;
@@ -115,26 +71,6 @@ void sin_cos(double angle, double* sine, double* cosine) {
 }
 
 }  // namespace
-
-// Memory all threads share; strides are padded to whole panels.
-struct Model::Working {
-  int hidden, qkv, query, inner;
-  Buffer<float> h, normed, qkv_rows, mixed, act, tmp, cos, sin;
-  Quantised quantised;
-  struct Tile { int span, row, rows; };
-  std::vector<Tile> tiles;
-  std::unique_ptr<std::atomic<int>[]> counters;
-  Buffer<float> gates;
-};
-
-struct Model::Local {
-  Quantised quantised;
-  Scratch scratch;
-  Buffer<float> normed, out, scores;
-  Buffer<uint8_t> panel;
-  Buffer<int32_t> active, starts;
-  Buffer<float> listed;
-};
 
 Model::Model(const Kernels* kernels, Pool* pool, Shape shape, std::vector<Layer> layers, Matrix embedding, Matrix head, const float* norm)
     : k_(kernels), pool_(pool), shape_(std::move(shape)), layers_(std::move(layers)), embedding_(embedding), head_(head),
@@ -408,58 +344,13 @@ void Model::run(int thread) {
 
     const Activations n = prepared(thread, local, w.h.get(), w.hidden, rows, layer.post_norm, layer.gate);
     to = layer.post_mlp_norm ? w.tmp.get() : w.h.get();
-    bool skipped = false;
     const float* gates = nullptr;
     if (layer.up.layout == Layout::rows && rows <= kSparseRows) {
       product(counters[3], layer.gate, n, local, nullptr, w.gates.get(), w.inner, false);
       gates = w.gates.get();
       sync(thread, Phase::gate_up);
-      const float edge = shape_.act == Act::relu ? shape_.threshold : 0.0f;
-      int count = 0;
-      const int group = layer.down.group;
-      for (int from = 0; from < shape_.intermediate; from += group) {
-        local.starts[size_t(from / group)] = count;
-        const int width = std::min(group, shape_.intermediate - from);
-        float top[128];
-        std::memcpy(top, gates + from, size_t(width) * 4);
-        for (int r = 1; r < rows; ++r)
-          for (int i = 0; i < width; ++i) top[i] = std::max(top[i], gates[size_t(r) * size_t(w.inner) + size_t(from + i)]);
-        for (int i = 0; i < width; ++i) {
-          local.active[size_t(count)] = from + i;
-          count += top[i] > edge;
-        }
-      }
-      for (int g = (shape_.intermediate + group - 1) / group; g <= layer.down.groups(); ++g) local.starts[size_t(g)] = count;
-      if (thread == 0) {
-        active_neurons += uint64_t(count);
-        all_neurons += uint64_t(shape_.intermediate);
-      }
-      if (double(count) <= dense_above * double(shape_.intermediate)) {
-        skipped = true;
-        for (int r = thread; r < rows; r += threads) std::memset(w.act.get() + size_t(r) * size_t(w.inner), 0, size_t(w.inner) * 4);
-        sync(thread, Phase::list);
-        const int from = count * thread / threads / 4 * 4, stop = thread + 1 == threads ? count : count * (thread + 1) / threads / 4 * 4;
-        const int32_t* list = local.active.get() + from;
-        float* got = local.listed.get();
-        if (stop > from) k_->rows_listed(layer.up, list, stop - from, n, got, w.inner);
-        for (int r = 0; r < rows; ++r)
-          for (int i = 0; i < stop - from; ++i) {
-            const float g = gates[size_t(r) * size_t(w.inner) + size_t(list[i])];
-            const float a = g > edge ? (shape_.act == Act::relu2 ? g * g : g) : 0.0f;
-            w.act[size_t(r) * size_t(w.inner) + size_t(list[i])] = a * got[size_t(r) * size_t(w.inner) + size_t(i)];
-          }
-        sync(thread, Phase::up);
-        const Activations d = prepared(thread, local, w.act.get(), w.inner, rows, nullptr, layer.down);
-        const int blocks = layer.down.padded_n() / 64;
-        const int begin = blocks * thread / threads * 64, end = blocks * (thread + 1) / threads * 64;
-        float* out = w.tmp.get();
-        if (end > begin) k_->columns_listed(layer.down, local.active.get(), local.starts.get(), begin, end, d, out, w.hidden, local.scratch);
-        if (!layer.post_mlp_norm)
-          for (int r = 0; r < rows; ++r)
-            k_->accumulate(w.h.get() + size_t(r) * size_t(w.hidden) + begin, out + size_t(r) * size_t(w.hidden) + begin, shape_.residual_scale, end - begin);
-      }
     }
-    if (!skipped) {
+    if (!gates || !skip_inactive(thread, local, layer, n, gates)) {
       gate_up_product(counters[4], layer, n, local, gates, w.act.get(), w.inner);
       sync(thread, Phase::gate_up);
       const Activations d = prepared(thread, local, w.act.get(), w.inner, rows, nullptr, layer.down);

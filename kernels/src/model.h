@@ -83,6 +83,7 @@ class Model {
   int chunk_of(int tasks, int rows) const;
   void gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, const float* gates,
                        float* out, int stride);
+  bool skip_inactive(int thread, Local& local, const Layer& layer, const Activations& n, const float* gates);
   Activations prepared(int thread, Local& local, const float* x, int stride, int rows, const float* norm, const Matrix& w);
   void sync(int thread, Phase phase);
 

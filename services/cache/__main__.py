@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from pathlib import Path
 
+import uvloop
 from autoglm.cache.v1 import cache_pb2, cache_pb2_grpc
 
 from services.cache import files
@@ -70,7 +70,7 @@ async def serve(settings: CacheSettings) -> None:
 def main() -> None:
     settings = read(CacheSettings)
     try:
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except (files.DirectoryInUse, OSError) as error:
         print(f"the cache cannot start: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -17,7 +17,7 @@ KEEPALIVE_MS = 20_000
 
 
 def connect(settings: ServiceSettings, service: str) -> grpc.aio.Channel:
-    """A channel to `service` through Envoy's outbound listener, which routes by the :authority header."""
+    """A channel to `service` through Envoy (outbound listener or sidecar), which routes by the :authority header."""
     options: list[tuple[str, Any]] = [
         ("grpc.default_authority", settings.host(service)),
         ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -30,7 +30,7 @@ def connect(settings: ServiceSettings, service: str) -> grpc.aio.Channel:
     ]
     margin_s = settings.hop_margin_ms / 1000
     interceptors: list[Any] = [*deadline_interceptors(margin_s), *client_interceptors()]
-    return grpc.aio.insecure_channel(settings.mesh_address, options=options, interceptors=interceptors)
+    return grpc.aio.insecure_channel(settings.target(service), options=options, interceptors=interceptors)
 
 
 def deadline_interceptors(margin_s: float) -> list[Any]:

@@ -24,7 +24,12 @@ class ServiceSettings(BaseSettings):
     bind: str = Field("127.0.0.1", description="address to listen on")
     grpc_port: Port = Field(0, description="gRPC port; 0 takes a free one and prints it")
     metrics_port: Port = Field(0, description="port of the Prometheus page; 0 takes a free one and prints it")
-    mesh_address: str = Field("127.0.0.1:15001", description="Envoy's outbound listener, through which all calls go")
+    mesh_address: str = Field(
+        "127.0.0.1:15001",
+        description="Envoy's outbound listener, through which all calls go; empty: each service is called by its own "
+        "name, as in Kubernetes, where the sidecar takes the call on its way",
+    )
+    service_port: int = Field(50051, ge=1, le=65535, description="port of every service, where mesh_address is empty")
     namespace: str = Field("autoglm", description="Kubernetes namespace, part of every host name")
     otlp_endpoint: str = Field("", description="host:port of an OTLP/gRPC collector; empty sends no traces")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
@@ -36,6 +41,10 @@ class ServiceSettings(BaseSettings):
     def host(self, service: str) -> str:
         """The name Envoy routes by, as Kubernetes would spell it."""
         return f"{service}.{self.namespace}.svc.cluster.local"
+
+    def target(self, service: str) -> str:
+        """What to dial for `service`."""
+        return self.mesh_address or f"dns:///{self.host(service)}:{self.service_port}"
 
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)

@@ -16,8 +16,9 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram
 
+from services.chassis import metrics_page
 from services.chassis.settings import ServiceSettings
 
 SPAN_DELAY_MS = 200
@@ -37,7 +38,7 @@ FALLBACKS = Counter(
 
 def start(service: str, settings: ServiceSettings, **attributes: str) -> int:
     """Sets up logs, traces and the metrics page. Returns the page's port. Call once per process."""
-    _start_logging(service, settings)
+    start_logging(service, settings)
     resource = Resource.create(
         {"service.name": service, "service.namespace": settings.namespace, "service.instance.id": settings.instance}
         | attributes
@@ -47,8 +48,7 @@ def start(service: str, settings: ServiceSettings, **attributes: str) -> int:
         exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=True, timeout=5)
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=SPAN_DELAY_MS))
     trace.set_tracer_provider(provider)
-    server, _ = start_http_server(settings.metrics_port, addr=settings.bind)
-    return int(server.server_port)
+    return metrics_page.serve(settings.bind, settings.metrics_port)
 
 
 def stop() -> None:
@@ -90,7 +90,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-def _start_logging(service: str, settings: ServiceSettings) -> None:
+def start_logging(service: str, settings: ServiceSettings) -> None:
+    """Only the log lines, for a program that serves nothing itself."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service, settings.instance))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""Client spans that end when their call ends.
+"""Client spans that end when their call ends, and work that is in no trace.
 
 OpenTelemetry's gRPC interceptors end the span of a streaming call only once its last message has been read, so the span
 of a call that is cancelled, or left after its last useful message, would never be sent and its children would hang in
@@ -8,11 +8,27 @@ the air. Here the end of the call ends the span as well.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from opentelemetry import trace
 from opentelemetry.instrumentation.grpc import aio_client_interceptors
-from opentelemetry.trace import Span
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Calls made in the block are in no trace, here and in whatever they cause elsewhere.
+
+    For background work that belongs to no request: with every trace recorded, each such call would be a trace of its
+    own that nobody looks for. The decision travels as the caller's (`traceparent` with flag 00), so Envoy keeps it.
+    """
+    ids = RandomIdGenerator()
+    decided = SpanContext(ids.generate_trace_id(), ids.generate_span_id(), False, TraceFlags(TraceFlags.DEFAULT))
+    with trace.use_span(NonRecordingSpan(decided)):
+        yield
 
 
 def client_interceptors() -> list[Any]:

@@ -10,7 +10,7 @@ import time
 
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.chassis.errors import TABLE, ServiceError
 from services.gateway.events import Delta, Event, Finished, Usage
@@ -40,6 +40,7 @@ OUTPUT_TOKEN_SECONDS = Histogram(
 GENERATIONS = Counter(
     "autoglm_gateway_choices_total", "Choices by how they ended: stop, length, cancelled or error", ["finish_reason"]
 )
+IN_FLIGHT = Gauge("autoglm_gateway_choices_in_flight", "Choices being generated, of AUTOGLM_MAX_IN_FLIGHT at most")
 
 _TRACER = trace.get_tracer("autoglm.gateway")  # a proxy until telemetry starts
 

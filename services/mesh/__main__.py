@@ -18,10 +18,10 @@ import typer
 from rich.console import Console
 
 from services.chassis.settings import read
-from services.mesh import commands, model, policy, start, state, topology
+from services.mesh import commands, model, policy, scrape, start, state, topology
 from services.mesh.local import CannotStart, LocalMesh
 from services.mesh.policy import PolicyError
-from services.mesh.rundir import AlreadyRunning, RunDirectory
+from services.mesh.rundir import AlreadyRunning, RunDirectory, write_atomically
 from services.mesh.settings import MeshSettings
 from services.mesh.state import MeshState
 from services.mesh.topology import Topology, TopologyError
@@ -164,7 +164,9 @@ def token(
 @app.command()
 def trace(which: str = typer.Argument("last", help="A trace id, or `last`.")) -> None:
     """Show one trace as a tree."""
-    from services.mesh import demo, spans, timeline
+    from autoglm.cli import spans, timeline
+
+    from services.mesh import demo
 
     _, directory = _begin()
     traces = _running(directory).addresses.traces
@@ -178,6 +180,26 @@ def trace(which: str = typer.Argument("last", help="A trace id, or `last`.")) ->
     if not tree.roots:
         _fail("no such trace; the sink keeps the newest ones only")
     timeline.show(tree, console)
+
+
+@app.command()
+def prometheus(
+    run_dir: list[Path] = typer.Option([], help="Run directory of a mesh; may be given again. Default: this one's."),
+    interval_s: float = typer.Option(15.0, min=0.1, help="How often pages are scraped and rules evaluated."),
+) -> None:
+    """Write a Prometheus configuration for the meshes of this machine, and say how to start one with it."""
+    _, directory = _begin()
+    path = directory.root / "prometheus" / "prometheus.yml"
+    found = scrape.configuration(run_dir or [directory.root], scrape.RULES, interval_s)
+    write_atomically(path, json.dumps(found, indent=1))  # JSON is YAML
+    console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+    data = path.with_name("data")
+    console.print(
+        f"start:   prometheus --config.file={path} --storage.tsdb.path={data} --web.listen-address=127.0.0.1:9090",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(hidden=True)

@@ -23,7 +23,6 @@ from services.mesh.explain.request import OUTSIDE
 from services.mesh.inputs import Inputs
 from services.mesh.keys import keys_for
 from services.mesh.policy import Policy, PolicyError
-from services.mesh.registry import Registry
 from services.mesh.rundir import RunDirectory
 from services.mesh.settings import MeshSettings
 from services.mesh.topology import TopologyError
@@ -32,6 +31,8 @@ from services.mesh.translate import NodeSettings, Snapshot, translate
 if TYPE_CHECKING:
     from services.mesh.checking import Verdict
 
+IMAGINED_PORT = 20_000
+"""Ports of a mesh that does not run are counted from here."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 AsJson = Annotated[bool, typer.Option("--json", help="Everything as JSON.")]
 
@@ -56,7 +57,7 @@ def add_to(app: typer.Typer, console: Console) -> None:
         except crds.UnusableDefinitions as error:
             _fail(console, str(error))
         chosen = directories or checking.folders(settings.policy_dir.parent)
-        registry = planned(settings, console)
+        registry = planned(settings, console).registry
         verdicts = [checking.check(folder, settings.policy_dir, registry, definitions) for folder in chosen]
         if as_json:
             print(json.dumps([_verdict(verdict) for verdict in verdicts], indent=1))
@@ -84,7 +85,7 @@ def add_to(app: typer.Typer, console: Console) -> None:
         running = _running(settings)
         if running is None and against is None:
             _fail(console, "no mesh is running to compare with; start one, or name a folder: --against istio/base", 3)
-        around = running or _imagined(settings, console)
+        around = running or planned(settings, console)
         if against is not None:
             old = _translated(against, around, settings, console)[1]
         else:
@@ -115,7 +116,7 @@ def add_to(app: typer.Typer, console: Console) -> None:
     ) -> None:
         """Which route, cluster, endpoints and rules a request would meet, and which YAML decides each of them."""
         settings = read(MeshSettings)
-        around = _running(settings) or _imagined(settings, console)
+        around = _running(settings) or planned(settings, console)
         loaded, snapshot = _translated(directory or around.policy_dir, around, settings, console)
         is_grpc = re.fullmatch(r"/[\w.]+\.\w+/\w+", path) is not None
         authority = host or ("localhost" if caller == OUTSIDE else _service_of(path))
@@ -142,14 +143,26 @@ def add_to(app: typer.Typer, console: Console) -> None:
         raise typer.Exit(0 if story.action != "nothing" else 1)
 
 
-def planned(settings: MeshSettings, console: Console) -> Registry:
-    """The services of the topology, with the endpoints that it would start."""
+def planned(settings: MeshSettings, console: Console) -> Inputs:
+    """The mesh as the topology would start it: every process, its sidecar, and who calls whom."""
     try:
         processes = topology.load(settings.topology, settings.replicas, settings.is_own_model)
-        instances = topology.instances(processes, itertools.count(1))
-        return topology.registry(processes, settings.namespace, settings.bind, instances)
     except TopologyError as error:
         _fail(console, str(error))
+    supply = itertools.count(IMAGINED_PORT)
+    found = topology.instances(processes, supply)
+    directory = RunDirectory(settings.run_dir)
+    node = NodeSettings(
+        directory.envoy,
+        listen_address=settings.bind,
+        callers=topology.callers(processes, supply),
+        sidecars=topology.sidecars(processes, settings.namespace, found),
+        identities=directory.identity,
+        namespace=settings.namespace,
+        locality=settings.locality,
+    )
+    registry = topology.registry(processes, settings.namespace, settings.bind, found)
+    return Inputs(node, registry, settings.policy_dir)
 
 
 def _running(settings: MeshSettings) -> Inputs | None:
@@ -159,12 +172,6 @@ def _running(settings: MeshSettings) -> Inputs | None:
         return inputs.read(directory.envoy) if directory.holder() is not None else None
     except OSError:
         return None
-
-
-def _imagined(settings: MeshSettings, console: Console) -> Inputs:
-    """The mesh as it would be started."""
-    node = NodeSettings(RunDirectory(settings.run_dir).envoy, listen_address=settings.bind)
-    return Inputs(node, planned(settings, console), settings.policy_dir)
 
 
 def _in_force(around: Inputs, console: Console) -> Snapshot:

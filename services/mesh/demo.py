@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 from autoglm import AutoglmError, Client, Delta, Done, Finish
+from autoglm.cli.spans import Span, Tree, build
 from autoglm.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -24,7 +25,6 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from services.mesh.settings import BUNDLED_MODEL
-from services.mesh.spans import Span, Tree, build
 from services.mesh.state import MeshState
 
 PROMPT = "Write a Python function `close_{number}`. Close the file and release the lock."

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from services.mesh import envoy, model, ports, topology
+from services.mesh import envoy, metrics, model, ports, scrape, topology
 from services.mesh.clouds.federation import Federation
 from services.mesh.clouds.neighbours import Pace as FederationPace
 from services.mesh.clouds.neighbours import Place, offer, placed
@@ -76,6 +76,7 @@ class LocalMesh:
                 name.removesuffix("_port"): int(getattr(settings, name)) for name, _ in FIXED_PORTS[:2]
             }
             self.keys = keys_for(settings.issuer_dir or self.directory.issuer)
+            self._metrics_port = next(self._supply)
             self.admin = Admin(self.own_address, settings.admin_port)
             self.control = Control(
                 settings.policy_dir,
@@ -94,6 +95,7 @@ class LocalMesh:
         self._reason = ""
         self._started = time.time()
         self._up_s = 0.0
+        self._targets = ""
         self._endpoints: frozenset[str] = frozenset()
         self._dirty = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -103,6 +105,7 @@ class LocalMesh:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        metrics.serve(self.state, self.settings.bind, self._metrics_port)
         loop.add_signal_handler(ROTATE_SIGNAL, self._rotate)
         self._write_state()
         writer = asyncio.create_task(self._keep_state())
@@ -219,7 +222,11 @@ class LocalMesh:
             await asyncio.sleep(0.05)  # several changes at once make one write
 
     def _write_state(self) -> None:
-        write_atomically(self.directory.state, self.state().model_dump_json(indent=1))
+        state = self.state()
+        write_atomically(self.directory.state, state.model_dump_json(indent=1))
+        if (found := scrape.targets_text(state, scrape.cloud_of(self.directory.root))) != self._targets:
+            write_atomically(self.directory.root / scrape.TARGETS, found)
+            self._targets = found
 
     def state(self) -> MeshState:
         """What the state file says."""
@@ -237,6 +244,7 @@ class LocalMesh:
                 admin=f"{self.own_address}:{at['admin']}",
                 otlp=f"{here}:{self._ports[SINK]['grpc']}",
                 traces=f"{here}:{self._ports[SINK]['query']}",
+                metrics=f"{here}:{self._metrics_port}",
             ),
             model=model.name(self.settings),
             model_dir=str(self.settings.model_dir.absolute()),

@@ -8,12 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from autoglm.cli import timeline
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from services.mesh import demo, timeline
+from services.mesh import demo
 from services.mesh.settings import BUNDLED_MODEL
 from services.mesh.state import MeshState, Progress
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from autoglm.cli import timeline
 from rich.console import Console
 
-from services.mesh import demo, ports, start, timeline
+from services.mesh import demo, ports, start
 from services.mesh.demo import Answer
 from services.mesh.local import CannotStart
 from services.mesh.rundir import RunDirectory

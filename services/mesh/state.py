@@ -88,6 +88,8 @@ class Addresses(_Frozen):
     admin: str
     otlp: str
     traces: str
+    metrics: str = ""
+    """The supervisor's own Prometheus page."""
 
 
 class MeshState(_Frozen):

@@ -7,6 +7,7 @@ import random
 import sys
 import time
 
+import uvloop
 from autoglm.scheduler.v1 import scheduler_pb2_grpc
 from autoglm.third_party import ext_proc_pb2_grpc
 from grpc_health.v1 import health_pb2
@@ -33,7 +34,7 @@ def main() -> int:
     except (BadPolicy, OSError) as error:
         print(f"AUTOGLM_POLICY_PATH: {error}", file=sys.stderr)
         return 2
-    asyncio.run(serve(settings, policy))
+    uvloop.run(serve(settings, policy))
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 # One BLAS thread per worker: products are small, and workers share the machine. Must be set before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import uvloop
 from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc as rpc
 from autoglm.third_party import oip_pb2_grpc
 
@@ -26,7 +27,7 @@ from services.chassis.serving import Member
 from services.chassis.settings import read
 from services.sparse_inference import engines, metrics, oip
 from services.sparse_inference.clients import CacheClient, LeaseClient, TokenizerClient
-from services.sparse_inference.lease import Lease
+from services.sparse_inference.lease import Lease, reached_at
 from services.sparse_inference.oip_text import TextModel
 from services.sparse_inference.prefixes import Prefixes
 from services.sparse_inference.server import SERVICE, SparseInferenceServer
@@ -58,10 +59,16 @@ async def main() -> None:
         raise SystemExit(2) from None
     pages = PagePool(executor.page_count)
     cache, scheduler = connect(settings, "cache"), connect(settings, "scheduler")
-    prefixes = Prefixes(pages, CacheClient(cache), settings.cache_budget_ms / 1000, settings.publish_queue)
+    prefixes = Prefixes(
+        pages,
+        CacheClient(cache),
+        settings.cache_budget_ms / 1000,
+        settings.publish_queue,
+        settings.publish_interval_ms / 1000,
+    )
     arch = variant.architecture
     compiler = Compiler(tokenizer_of(variant.path), arch.vocab_size, arch.end_token_ids, settings.constraint_limits)
-    worker = Worker(settings, variant, executor, prefixes, pages, compiler)
+    worker = Worker(settings, variant, executor, prefixes, pages, compiler, variant.known)
     metrics.register(settings, worker)
     server = SparseInferenceServer(settings, worker)
     rpc.add_SparseInferenceServiceServicer_to_server(server, member.server)
@@ -81,8 +88,7 @@ async def main() -> None:
     worker.start()
     await member.start()
     await member.ready()
-    endpoint = settings.advertise or f"{settings.bind}:{member.port}"
-    lease = Lease(settings, worker, pages, LeaseClient(scheduler), endpoint)
+    lease = Lease(settings, worker, pages, LeaseClient(scheduler), reached_at(settings, member.port))
     tasks = [asyncio.create_task(lease.hold()), asyncio.create_task(prefixes.publish())]
 
     async def leave() -> None:
@@ -118,4 +124,4 @@ async def _serve_onnx(settings: WorkerSettings, member: Member, file: Path) -> N
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())

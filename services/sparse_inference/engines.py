@@ -60,7 +60,7 @@ def make(settings: WorkerSettings, variant: Variant) -> Served:
         return reference.ReferenceExecutor(variant.checkpoint, pages, settings.limits.step_rows, limit)
     threads = settings.threads or len(os.sched_getaffinity(0))
     try:
-        plan = plan_for(settings.precision, arch, _skips(settings, arch))
+        plan = plan_for(settings.precision, arch, skips(settings, arch))
         device = kernels.Device(threads, settings.pin_threads, settings.isa)
     except ValueError as error:
         raise CannotRun(str(error)) from None
@@ -72,8 +72,8 @@ def make(settings: WorkerSettings, variant: Variant) -> Served:
     return native.NativeExecutor(arch, plan, weights, device, pages, settings.limits.step_rows, settings.kv_precision)
 
 
-def _skips(settings: WorkerSettings, arch: Architecture) -> bool:
-    """By the model alone, never by the machine: the plan is part of what decides its tokens."""
+def skips(settings: WorkerSettings, arch: Architecture) -> bool:
+    """Whether inactive neurons are left out. By the model alone, never by the machine: the plan decides its tokens."""
     if settings.neuron_skipping == "auto":
         weights = 3 * arch.num_hidden_layers * arch.hidden_size * arch.intermediate_size
         return weights >= SKIPS_FROM

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import socket
 from collections.abc import AsyncIterator, Callable
 
 from autoglm.scheduler.v1 import scheduler_pb2
@@ -22,6 +23,21 @@ FIRST_INTERVAL_S = 0.2
 BACKOFF_S = (0.1, 2.0)
 PREFIXES_PER_REPORT = 4096
 SHORTEST_INTERVAL_S = 0.01
+
+
+def reached_at(settings: WorkerSettings, port: int) -> str:
+    """`ip:port` by which Envoy reaches the worker. One that listens everywhere says the address it has on the way to
+    Envoy: no packet is sent to find it.
+    """
+    if settings.advertise:
+        return settings.advertise
+    address = settings.bind
+    if address == "0.0.0.0":
+        host, _, number = settings.target("scheduler").removeprefix("dns:///").rpartition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(number)))
+            address = probe.getsockname()[0]
+    return f"{address}:{port}"
 
 
 class Lease:

@@ -13,6 +13,7 @@ from prometheus_client.core import REGISTRY, CounterMetricFamily, GaugeMetricFam
 from prometheus_client.registry import Collector
 
 from services.sparse_inference import observation
+from services.sparse_inference.engines import skips
 from services.sparse_inference.settings import WorkerSettings
 from services.sparse_inference.worker import Worker
 
@@ -34,6 +35,7 @@ class LoadCollector(Collector):
             ("autoglm_requests_waiting", "Requests queued", load.waiting),
             ("autoglm_kv_used_bytes", "Key-value pages that running requests hold", load.kv_used_bytes),
             ("autoglm_kv_capacity_bytes", "Key-value memory at most", capacity),
+            ("autoglm_kv_used_ratio", "Share of key-value memory in use, 0 to 1", used),
             ("autoglm_prefix_store_bytes", "Key-value blocks kept after their request", load.kv_kept_bytes),
             ("vllm:num_requests_running", "Alias of autoglm_requests_running", load.running),
             ("vllm:num_requests_waiting", "Alias of autoglm_requests_waiting", load.waiting),
@@ -43,6 +45,7 @@ class LoadCollector(Collector):
             yield _gauge(name, text, labels, value)
         info = labels | {"block_size": str(block_tokens), "num_gpu_blocks": str(blocks), "cache_dtype": "auto"}
         yield _gauge("vllm:cache_config_info", "Key-value blocks: tokens of one, and how many", info, 1)
+        yield _gauge("autoglm_worker_info", "What this worker runs, and how", labels | self._how(), 1)
         adapters = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
         yield _gauge("vllm:lora_requests_info", "Adapters: none are served", adapters, 0)
         for name, text, value in (
@@ -59,6 +62,18 @@ class LoadCollector(Collector):
             ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right", load.accepted_tokens),
         ):
             yield _counter(name, text, labels, value)
+
+    def _how(self) -> dict[str, str]:
+        settings, variant = self._settings, self._worker.variant
+        is_sparse = settings.executor == "native" and skips(settings, variant.architecture)
+        return {
+            "variant": variant.digest[:12],
+            "version": settings.label_map.get("version", ""),
+            "executor": settings.executor,
+            "precision": settings.precision,
+            "kv_precision": settings.kv_precision,
+            "sparsity": "neurons" if is_sparse else "dense",
+        }
 
 
 class _Busy(Protocol):

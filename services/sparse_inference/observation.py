@@ -130,9 +130,10 @@ def _count(model: str, request: Request, event: Tokens, to_first_s: float | None
         PREFIX_HITS.labels(model).inc(event.cached_tokens)
         return
     count = len(event.token_ids)
+    older, newer, each_s = PER_TOKEN.labels(model), BETWEEN_TOKENS.labels(model), since_last_s / count
     for _ in range(count):
-        PER_TOKEN.labels(model).observe(since_last_s / count)
-        BETWEEN_TOKENS.labels(model).observe(since_last_s / count)
+        older.observe(each_s)
+        newer.observe(each_s)
 
 
 def _prompt(request: Request) -> int:

@@ -21,6 +21,7 @@ from engine.prefix import block_checksum, block_hashes, scope_key
 from engine.runtime.pages import PagePool
 from services.chassis import telemetry
 from services.chassis.errors import ServiceError
+from services.chassis.tracing import untraced
 
 log = logging.getLogger("autoglm.prefixes")
 tracer = trace.get_tracer("autoglm.sparse_inference")
@@ -75,8 +76,12 @@ class RemoteBlocks(Protocol):
 class Prefixes:
     """Finds blocks before a prefill and publishes them after."""
 
-    def __init__(self, pages: PagePool, remote: RemoteBlocks, budget_s: float, queue_blocks: int) -> None:
-        self._pages, self._remote, self._budget_s = pages, remote, budget_s
+    def __init__(
+        self, pages: PagePool, remote: RemoteBlocks, budget_s: float, queue_blocks: int, interval_s: float = 0.0
+    ) -> None:
+        self._pages, self._remote, self._budget_s, self._interval_s = pages, remote, budget_s, interval_s
+        self._hurry = asyncio.Event()
+        self._is_flushing = False
         self._queue: asyncio.Queue[tuple[Scope, bytes, bytes]] = asyncio.Queue(queue_blocks)
 
     async def find(self, scope: Scope, token_ids: Sequence[int]) -> Found:
@@ -135,6 +140,8 @@ class Prefixes:
         """Queues a computed block for the cache service; a full queue drops it, counted."""
         try:
             self._queue.put_nowait((scope, name, payload))
+            if self._is_enough:
+                self._hurry.set()
         except asyncio.QueueFull:
             self.drop()
 
@@ -143,7 +150,10 @@ class Prefixes:
         PUBLISHED.labels("dropped").inc()
 
     async def publish(self) -> None:
-        """Runs for ever: moves queued blocks to the cache service in batches of one scope."""
+        """Runs for ever: moves queued blocks to the cache service in batches of one scope.
+
+        A call costs more than a block: after one it waits for `interval_s`, for a full batch or for a flush.
+        """
         while True:
             waiting = [await self._queue.get()]
             while len(waiting) < PUBLISH_BATCH and not self._queue.empty():
@@ -154,9 +164,20 @@ class Prefixes:
             finally:
                 for _ in waiting:
                     self._queue.task_done()
+            if not (self._is_enough or self._is_flushing):
+                self._hurry.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval_s):
+                        await self._hurry.wait()
+
+    @property
+    def _is_enough(self) -> bool:
+        return self._queue.qsize() >= PUBLISH_BATCH
 
     async def flush(self, timeout_s: float) -> None:
         """While `publish` still runs: waits until the queue is empty; what remains then is dropped, counted."""
+        self._is_flushing = True
+        self._hurry.set()
         try:
             await asyncio.wait_for(self._queue.join(), timeout_s)
         except TimeoutError:
@@ -166,8 +187,10 @@ class Prefixes:
     async def _put(self, scope: Scope, blocks: Sequence[tuple[bytes, bytes]]) -> None:
         batch = [StoredBlock(name, payload, block_checksum(scope.key, name, payload)) for name, payload in blocks]
         try:
-            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                stored = await self._remote.put(scope, batch)
+            # A block every few tokens: as traces of their own these calls would outnumber the requests'.
+            with untraced():
+                async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                    stored = await self._remote.put(scope, batch)
             PUBLISHED.labels("stored").inc(stored)
             PUBLISHED.labels("present").inc(len(batch) - stored)
         except Exception as error:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from engine.runtime.constraints import CompilerLimits
 from engine.runtime.loop import Limits
+from services.sparse_inference.handing import Pace
 from services.sparse_inference.oip_settings import OipSettings
 
 
@@ -34,7 +35,7 @@ class WorkerSettings(OipSettings):
         "mapped", description="mapped: shared with other workers; resident: own copy in huge pages"
     )
     labels: str = Field("version=v1", max_length=1024, description="k=v,k2=v2 as the pod's labels would be")
-    advertise: str = Field("", max_length=64, description="ip:port Envoy reaches the worker by; empty: bind and port")
+    advertise: str = Field("", max_length=64, description="ip:port Envoy reaches the worker by; empty: its own")
     max_weights_mib: int = Field(65_536, ge=1, le=1 << 30, description="weight files that are read; larger: refused")
     max_running: int = Field(16, ge=1, le=1024, description="requests computed at once")
     max_waiting: int = Field(64, ge=0, le=65_536, description="requests queued; further ones are refused")
@@ -54,8 +55,17 @@ class WorkerSettings(OipSettings):
     stream_interval_ms: int = Field(
         30, ge=0, le=1000, description="tokens that come sooner share a message; 0: none do"
     )
+    stream_messages_per_s: int = Field(
+        50, ge=1, le=1_000_000, description="messages of all streams together; with more, more tokens share one"
+    )
+    stream_longest_ms: int = Field(
+        250, ge=0, le=10_000, description="longest time a token waits for others of its stream to share a message"
+    )
     publish_blocks: int = Field(1, ge=1, le=1024, description="new key-value blocks copied out after a step at most")
     cache_budget_ms: int = Field(300, ge=0, le=60_000, description="longest wait for cached blocks; then recompute")
+    publish_interval_ms: int = Field(
+        500, ge=0, le=60_000, description="blocks that come within it after others go to the cache together"
+    )
     publish_queue: int = Field(1024, ge=1, le=65_536, description="blocks waiting to be stored in the cache service")
 
     @field_validator("labels")
@@ -82,6 +92,10 @@ class WorkerSettings(OipSettings):
             max_draft=self.max_draft if self.speculation == "auto" else 0,
             publish_blocks=self.publish_blocks,
         )
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(self.stream_interval_ms / 1000, self.stream_messages_per_s, self.stream_longest_ms / 1000)
 
     @property
     def constraint_limits(self) -> CompilerLimits:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
+from engine.checkpoints.known_tokens import KnownTokens
 from engine.checkpoints.variant import Variant
 from engine.executors.interface import Executor
 from engine.runtime.constraints import Compiler, Constraint, ConstraintError, Matcher
@@ -18,6 +19,7 @@ from engine.runtime.sequences import Event, Failure, Finished, Request, Tokens
 from services.chassis import deadlines
 from services.chassis.errors import Internal, InvalidRequest, OutOfTime, ServiceError, TooBusy, Unavailable
 from services.chassis.offload import Offload
+from services.sparse_inference.handing import Heard, Outbox
 from services.sparse_inference.prefixes import Found, Prefixes, Scope
 from services.sparse_inference.settings import WorkerSettings
 
@@ -37,7 +39,9 @@ class Worker:
         prefixes: Prefixes,
         pages: PagePool,
         compiler: Compiler,
+        known: KnownTokens | None = None,
     ) -> None:
+        """`known`: the ids that are tokens; None: all of the vocabulary."""
         self.settings, self.variant, self.executor = settings, variant, executor
         self._prefixes, self._compiler = prefixes, compiler
         self._compiling = Offload("constraints", settings.constraint_threads, settings.constraints_waiting)
@@ -49,13 +53,11 @@ class Worker:
             executor.page_count * executor.block_tokens,
         )
         self.kv_capacity_bytes = executor.page_count * executor.page_bytes
+        self._known = KnownTokens(variant.architecture.vocab_size) if known is None else known
         self._ends = frozenset(variant.architecture.end_token_ids)
         self._arriving = 0
-        self._heard: list[tuple[asyncio.Queue[Event], Event]] = []
-        """Events that were not handed over yet; like the two below it belongs to the step thread."""
-        self._is_urgent = False
-        self._handed_over = 0.0
-        self._loop = Loop(executor, settings.limits, pages, after_turn=self._hand_over)
+        self._outbox = Outbox(settings.pace)
+        self._loop = Loop(executor, settings.limits, pages, after_turn=self._hand_over, known=known)
         self.draining = False
 
     def start(self) -> None:
@@ -76,11 +78,10 @@ class Worker:
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for what only the model can know: vocabulary and context length."""
-        vocabulary = self.variant.architecture.vocab_size
         asked = [*request.sampling.logit_bias, *request.stop_token_ids]
         for name, ids in (("token_ids", request.token_ids), ("logit_bias or stop_token_ids", asked)):
-            if ids and (worst := max(ids)) >= vocabulary:
-                raise InvalidRequest(f"{name}: {worst} is no token of this model, which has {vocabulary}")
+            if (unknown := self._known.first_unknown(ids)) is not None:
+                raise InvalidRequest(f"{name}: {unknown} is no token of this model, which has {self._known.size}")
         if request.resumed_tokens >= len(request.token_ids):
             raise InvalidRequest("resumed_tokens must be fewer than token_ids")
         length = len(request.token_ids)
@@ -123,9 +124,8 @@ class Worker:
 
         def listen(event: Event) -> None:
             nonlocal has_begun
-            self._heard.append((queue, event))
-            if not (has_begun and isinstance(event, Tokens)):
-                self._is_urgent = has_begun = True
+            self._outbox.add(queue, event, is_first=not has_begun)
+            has_begun = True
 
         def publish(name: bytes, payload: Callable[[], bytes]) -> None:
             if not self._prefixes.has_room:
@@ -176,17 +176,11 @@ class Worker:
             raise InvalidRequest(str(error), field=constraint.kind) from None
 
     def _hand_over(self) -> None:
-        """On the step thread, after a turn: one crossing to the event loop for all that was heard.
+        """On the step thread, after a turn: one crossing to the event loop for all that is due.
 
-        Steps of a small model are quicker than messages. So tokens that follow soon after others wait for the next
-        turn and share a message; first tokens and ends never wait, and the last turn of all has an end.
+        What is not waits for a later turn. There is one: as long as a stream has no end, its request is at work.
         """
-        if not self._heard:
-            return
-        now = time.monotonic()
-        if self._is_urgent or now - self._handed_over >= self.settings.stream_interval_ms / 1000:
-            heard, self._heard = self._heard, []
-            self._is_urgent, self._handed_over = False, now
+        if heard := self._outbox.due(time.monotonic()):
             with contextlib.suppress(RuntimeError):  # the event loop has ended; so has everyone who waits
                 self._events.call_soon_threadsafe(_deliver, heard)
 
@@ -199,9 +193,10 @@ _ERRORS: dict[Failure, type[ServiceError]] = {
 }
 
 
-def _deliver(heard: list[tuple[asyncio.Queue[Event], Event]]) -> None:
-    for queue, event in heard:
-        queue.put_nowait(event)
+def _deliver(heard: Heard) -> None:
+    for queue, events in heard:
+        for event in events:
+            queue.put_nowait(event)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
+import uvloop
 from autoglm.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
 from services.chassis import telemetry
@@ -53,7 +53,7 @@ async def serve(settings: TokenizerSettings) -> None:
 def main() -> None:
     settings = read(TokenizerSettings)
     try:
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except vocabulary.UnusableTokenizer as error:
         print(f"AUTOGLM_MODELS: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -221,6 +221,15 @@ def test_every_field_istio_has_is_either_supported_or_refused_by_name(model: typ
     assert list(gaps(spec, schema, "spec")) == []
 
 
+def test_the_base_manifests_say_what_they_mean_to_the_local_control_plane_too() -> None:
+    """One set of files, two readers: what a cluster admits here, the local control plane loads."""
+    kinds = {item.kind for item in load(ROOT / "istio" / "base")}
+    assert kinds >= {"VirtualService", "DestinationRule", "InferencePool", "Gateway", "Telemetry"} | {
+        "PeerAuthentication",
+        "AuthorizationPolicy",
+    }
+
+
 def test_the_gateway_apis_models_know_no_field_that_it_does_not_have() -> None:
     """Names are the Gateway API's. What it has beyond them is refused as unknown: only the check reads these kinds."""
     for model in GATEWAY_KINDS.values():

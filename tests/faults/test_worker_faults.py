@@ -26,7 +26,7 @@ from services.chassis import deadlines
 from services.chassis.errors import InvalidRequest, OutOfTime, TooBusy, Unavailable
 from services.sparse_inference import worker as worker_module
 from services.sparse_inference.lease import Lease
-from services.sparse_inference.prefixes import Prefixes, Scope, StoredBlock
+from services.sparse_inference.prefixes import PUBLISH_BATCH, Prefixes, Scope, StoredBlock
 from services.sparse_inference.settings import WorkerSettings
 from services.sparse_inference.worker import Worker
 from tests.fakes.counting_executor import BLOCK, VOCABULARY, CountingExecutor, next_token
@@ -239,6 +239,34 @@ async def test_publishing_survives_surprises_and_is_flushed() -> None:
     remote.answer.set()
     await prefixes.flush(WAIT_S)
     assert remote.stored == 6 and not publisher.done()
+    publisher.cancel()
+
+
+async def test_blocks_that_come_soon_after_others_share_a_call() -> None:
+    """The first block is published at once, those behind it together: when a batch is full, or when flushed."""
+    remote = Remote()
+    remote.answer.set()
+    prefixes = Prefixes(PagePool(1), remote, 0, 256, interval_s=3600)
+    scope = Scope("v", "t", BLOCK)
+    publisher = asyncio.create_task(prefixes.publish())
+    sizes: list[int] = []
+    put, called = remote.put, asyncio.Event()
+
+    async def counted(scope: Scope, blocks: Sequence[StoredBlock]) -> int:
+        sizes.append(len(blocks))
+        called.set()
+        return await put(scope, blocks)
+
+    remote.put = counted  # type: ignore[method-assign]
+    prefixes.keep(scope, bytes(32), b"x")
+    await asyncio.wait_for(called.wait(), WAIT_S)
+    called.clear()
+    for number in range(1, 70):
+        prefixes.keep(scope, bytes([number]) * 32, b"x")
+    await asyncio.wait_for(called.wait(), WAIT_S)
+    assert sizes == [1, PUBLISH_BATCH]
+    await prefixes.flush(WAIT_S)
+    assert sizes == [1, PUBLISH_BATCH, 70 - 1 - PUBLISH_BATCH]
     publisher.cancel()
 
 

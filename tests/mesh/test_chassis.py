@@ -15,7 +15,7 @@ from autoglm.tokenizer.v1 import tokenizer_pb2_grpc as rpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from services.chassis import deadlines
+from services.chassis import deadlines, residency
 from services.chassis.channels import connect
 from services.chassis.errors import from_rpc
 from services.chassis.serving import Member
@@ -30,8 +30,10 @@ class Servicer(rpc.TokenizerServiceServicer):
     def __init__(self) -> None:
         self.next: rpc.TokenizerServiceStub | None = None
         self.release = asyncio.Event()
+        self.regions: list[str] = []
 
     async def Encode(self, request: Any, context: Any) -> pb.EncodeResponse:
+        self.regions.append(residency.current())
         if request.text == "bug":
             raise RuntimeError("secret detail")
         if request.text == "wait":
@@ -107,6 +109,19 @@ async def test_a_deadline_shrinks_by_the_margin_at_each_hop(member: tuple[Member
         assert 0 < first <= 10_100
         assert 0 < second <= first - 100, "at least the margin, less what gRPC rounds up"
         assert list((await stub.Encode(pb.EncodeRequest(model="m", text="hop"))).token_ids) == [0, 0]
+
+
+async def test_the_region_of_a_call_goes_along_to_the_next_service(member: tuple[Member, Servicer]) -> None:
+    """Both hops see it; a later call without one has none, and nothing but the name fits."""
+    made, servicer = member
+    async with channel_to(made) as inner, channel_to(made) as outer:
+        servicer.next = rpc.TokenizerServiceStub(inner)
+        stub = rpc.TokenizerServiceStub(outer)
+        question = pb.EncodeRequest(model="m", text="hop")
+        await stub.Encode(question, metadata=(("x-data-region", "azure"),))
+        await stub.Encode(question)
+        await stub.Encode(question, metadata=(("x-data-region", "x" * 500),))
+    assert servicer.regions == ["azure", "azure", "", "", "x" * 64, "x" * 64]
 
 
 async def test_no_time_left_is_said_before_the_hop(member: tuple[Member, Servicer]) -> None:

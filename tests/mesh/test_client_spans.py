@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.propagate import inject
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 
-from services.chassis.tracing import client_interceptors
+from services.chassis.tracing import client_interceptors, untraced
 from tests.fakes.processes import running
 
 
@@ -67,3 +68,18 @@ async def test_a_stream_that_fails_says_so_on_its_span(traced: tuple[health_pb2_
     (span,) = ended.spans
     assert span.attributes is not None
     assert span.attributes["rpc.grpc.status_code"] == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+
+
+async def test_untraced_work_leaves_no_span_and_says_so_to_the_next_hop(
+    traced: tuple[health_pb2_grpc.HealthStub, Ended],
+) -> None:
+    """A call in the block makes no span, not even within a trace; the call after it makes one again."""
+    stub, ended = traced
+    with untraced():
+        await stub.Check(health_pb2.HealthCheckRequest())
+        carrier: dict[str, str] = {}
+        inject(carrier)
+    assert carrier["traceparent"].endswith("-00")
+    await stub.Check(health_pb2.HealthCheckRequest())
+    await asyncio.wait_for(ended.come.wait(), 10)
+    assert [span.name for span in ended.spans] == ["/grpc.health.v1.Health/Check"]

@@ -10,15 +10,17 @@ from typing import Any
 
 import grpc
 import pytest
+from autoglm.cli import spans
+from autoglm.cli.spans import Span
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.mesh import demo, spans
-from services.mesh.spans import Span
+from services.mesh import demo
 from tests.fakes.processes import Service, running
 
 DEADLINE_S = 10.0
@@ -130,3 +132,35 @@ def test_a_dead_collector_behind_costs_nothing_here() -> None:
     with running("services.mesh.sink", AUTOGLM_OTLP_FORWARD="127.0.0.1:1") as near:
         trace_id = send(near.address)
         assert len(fetched(query_port(near), trace_id, 2)) == 2
+
+
+def test_log_records_are_told_with_their_trace(sink: Service) -> None:
+    """An access log record comes back with the trace it belongs to; one without a trace does no harm."""
+    trace_id = send(sink.address)
+    request = logs_service_pb2.ExportLogsServiceRequest()
+    resource = request.resource_logs.add()
+    resource.resource.attributes.add(key="service.name").value.string_value = "envoy-ingress"
+    records = resource.scope_logs.add().log_records
+    for number, (trace, body) in enumerate(((trace_id, "second"), (trace_id, "first"), ("", "stray"))):
+        record = records.add(trace_id=bytes.fromhex(trace), time_unix_nano=10 - number)
+        record.body.string_value = body
+        record.attributes.add(key="status").value.string_value = "404"
+    with grpc.insecure_channel(sink.address) as channel:
+        logs_service_pb2_grpc.LogsServiceStub(channel).Export(request, timeout=5)
+    status, found = get(query_port(sink), f"/traces/{trace_id}")
+    assert status == 200
+    assert [(log["service"], log["body"], log["attributes"]) for log in found["logs"]] == [
+        ("envoy-ingress", "first", {"status": "404"}),
+        ("envoy-ingress", "second", {"status": "404"}),
+    ]
+
+
+def test_a_trace_is_found_by_the_id_of_its_request(sink: Service) -> None:
+    """The id that clients are told leads to the trace; an unknown one to an empty list."""
+    made = provider(sink.address, "gateway")
+    with made.get_tracer("test").start_as_current_span("chat", attributes={"gen_ai.response.id": "req-7"}) as span:
+        pass
+    made.shutdown()
+    _, found = get(query_port(sink), "/traces?request_id=req-7")
+    assert [trace["trace_id"] for trace in found["traces"]] == [f"{span.get_span_context().trace_id:032x}"]
+    assert get(query_port(sink), "/traces?request_id=req-8") == (200, {"traces": []})

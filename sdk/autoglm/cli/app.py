@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -22,6 +23,8 @@ from autoglm import (
 from autoglm.cli import chat as chatting
 from autoglm.cli import options as opt
 from autoglm.cli import status as statuses
+from autoglm.cli import top as watching
+from autoglm.cli import trace as tracing
 from autoglm.cli.answers import show
 from autoglm.cli.mesh import hand_over
 from autoglm.cli.output import Output, ReaderGone
@@ -259,3 +262,26 @@ def status(
 def mesh(context: typer.Context) -> None:
     """Operate the mesh of this repository: diff, explain, check, status … (autoglm mesh --help lists them)."""
     raise typer.Exit(hand_over(context.args))
+
+
+@app.command(epilog=EXIT_CODES)
+def trace(
+    which: Annotated[str, typer.Argument(metavar="ID", help="A trace id or a request id, or `last`.")],
+    run_dir: opt.RunDirectories = None,
+    traces: Annotated[str | None, typer.Option(help="Address of a trace sink, instead of the meshes' own.")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Show one request's way through the mesh as a tree, with what the proxies logged of it."""
+    tracing.show(which, run_dir or [], traces, Output(json))
+
+
+@app.command(epilog=EXIT_CODES)
+def top(
+    run_dir: opt.RunDirectories = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Show once and end, as it also does in a pipe.")] = False,
+    json: opt.Json = False,
+) -> None:
+    """Watch the meshes of this machine: clouds, workers, tokens, queues, caches, weights, latencies."""
+    with suppress(KeyboardInterrupt):
+        watching.run(run_dir or [], interval, once, Output(json))

@@ -49,6 +49,10 @@ JsonSchema: TypeAlias = Annotated[
 ]
 Regex: TypeAlias = Annotated[str | None, typer.Option(help="Regular expression the answer must match, or @FILE.")]
 Grammar: TypeAlias = Annotated[str | None, typer.Option(help="Lark or GBNF grammar of the answer, or @FILE.")]
+RunDirectories: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option("--run-dir", help="Run directory of a mesh; may be given again. Default: .run and .run/clouds/*."),
+]
 
 TIMEOUT_S = DEFAULT_TIMEOUT_S
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from services.chassis.settings import read
 from services.mesh import start
-from services.mesh.clouds import state
+from services.mesh.clouds import network, state
 from services.mesh.clouds.settings import CloudsSettings
 from services.mesh.clouds.state import CloudsState
 from services.mesh.clouds.supervise import Clouds
@@ -61,6 +61,8 @@ def stop() -> None:
     """Drain and stop all clouds. Does nothing when none runs."""
     settings, directory = _begin()
     was_running = start.stop(directory, settings.drain_grace_s, lambda _: None)
+    if not was_running and network.is_possible():
+        network.remove(network.network(directory.root))  # what a killed run left behind
     console.print("stopped" if was_running else "nothing was running")
 
 

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from services.mesh import ports
 from services.mesh.clouds import network, plan, shared_cache, state, wan, watches
@@ -215,7 +214,7 @@ def _choose(settings: CloudsSettings) -> tuple[Network | None, str]:
     if settings.clouds_network == "loopback":
         return None, "asked for by AUTOGLM_CLOUDS_NETWORK"
     if network.is_possible():
-        return network.network(Path(settings.clouds_dir)), ""
+        return network.network(settings.clouds_dir), ""
     if settings.clouds_network == "namespaces":
         raise NoNetwork("AUTOGLM_CLOUDS_NETWORK=namespaces needs root, ip and nsenter")
     return None, "network namespaces need root, ip and nsenter"

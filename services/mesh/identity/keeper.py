@@ -22,6 +22,8 @@ log = logging.getLogger("autoglm.identity")
 HALF_LIFE, JITTER = 0.5, 0.1
 """Renewal after this share of the life, give or take: so that not all members renew in one moment."""
 RETRY = timedelta(seconds=10)
+SHORTEST_S = 0.05
+"""Between two looks, as certificates become short-lived when the authority's own end is near."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,12 @@ class Identities:
         self._rotated.set()
 
     async def run(self) -> None:
-        """Renews until cancelled."""
-        while True:
+        """Renews until cancelled, or until the authority itself has ended."""
+        while (now := datetime.now(UTC)) < self._authority.expires:
             self._rotated.clear()
-            now = datetime.now(UTC)
             due = min((item.renew_at for item in self._issued.values()), default=now + self._terms.certificate)
             try:
-                await asyncio.wait_for(self._rotated.wait(), max(0.0, (due - now).total_seconds()))
+                await asyncio.wait_for(self._rotated.wait(), max(SHORTEST_S, (due - now).total_seconds()))
                 continue
             except TimeoutError:
                 pass
@@ -97,6 +98,7 @@ class Identities:
                 log.error("a certificate was not renewed; trying again", extra={"facts": {"error": str(error)}})
                 await asyncio.sleep(RETRY.total_seconds())
             self._changed()
+        log.error("the authority has ended; delete its folder and start again")
 
     def _renew_due(self, now: datetime) -> None:
         for item in self.issued:

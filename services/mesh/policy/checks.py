@@ -13,6 +13,7 @@ from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.policy.problems import Problem
 from services.mesh.policy.security import SecurityObject
 from services.mesh.policy.suspicions import Finding
+from services.mesh.policy.telemetry import conflicts, unseen
 from services.mesh.policy.virtual_service import MESH, Destination, Route, VirtualService
 from services.mesh.registry import Registry, Service
 
@@ -91,6 +92,8 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
         add(item, doubts.patches_nothing(item, policy), is_warning=True)
     for gateway in policy.doors:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
+    for second in [item for item in policy.envoy_filters if item.spec.limits][1:]:
+        add(second, iter([("spec", "a second rate limit for the ingress; only one is supported")]))
     secured: tuple[SecurityObject, ...] = (
         *policy.peer_authentications,
         *policy.authorization_policies,
@@ -98,10 +101,20 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
     )
     for access in secured:
         add(access, access_doubts.doubts(access, policy, registry), is_warning=True)
-    for singles in (policy.doors, policy.eastwest, policy.telemetries):
+    for singles in (policy.doors, policy.eastwest):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))
+    for number, telemetry in enumerate(policy.telemetries):
+        add(telemetry, conflicts(telemetry, policy.telemetries[:number]))
+        add(telemetry, unseen(telemetry, _workloads(policy, registry)), is_warning=True)
     return tuple(found)
+
+
+def _workloads(policy: Policy, registry: Registry) -> tuple[Mapping[str, str], ...]:
+    """The labels of everything a proxy may stand in front of."""
+    services = [service.selector for service in registry.services]
+    members = [item.labels for service in registry.services for each in service.endpoints.values() for item in each]
+    return (*services, *members, *(gateway.spec.selector for gateway in policy.gateways))
 
 
 def _ports(policy: Policy, registry: Registry) -> dict[str, tuple[int, ...]]:

@@ -16,11 +16,12 @@ from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.envoy_filter import EnvoyFilter
 from services.mesh.policy.kustomize import sources
 from services.mesh.policy.objects import ObjectKey, Policy, PolicyObject, key_of
-from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry
 from services.mesh.policy.problems import PolicyError, Problem
 from services.mesh.policy.reading import DEFAULT_LIMITS, Limits
 from services.mesh.policy.refusals import GATEWAY_API, explain, short, unsupported_kind
 from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
+from services.mesh.policy.telemetry import Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 Kind = TypeVar("Kind", bound=Document)

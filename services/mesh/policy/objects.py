@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from services.mesh.policy.destination_rule import DestinationRule
 from services.mesh.policy.envoy_filter import EnvoyFilter
-from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.others import Gateway, InferencePool, ServiceEntry
 from services.mesh.policy.security import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
+from services.mesh.policy.telemetry import Telemetry
 from services.mesh.policy.virtual_service import VirtualService
 
 CLUSTER_DOMAIN = "svc.cluster.local"

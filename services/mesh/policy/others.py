@@ -1,7 +1,6 @@
-"""The smaller kinds: ServiceEntry, InferencePool, Gateway, Telemetry.
+"""The smaller kinds: ServiceEntry, InferencePool, Gateway.
 
-ServiceEntry and Gateway follow networking.istio.io/v1, InferencePool inference.networking.k8s.io/v1, Telemetry
-telemetry.istio.io/v1 (only the sampling percentage: the rest of tracing is set where the local Envoy is started).
+ServiceEntry and Gateway follow networking.istio.io/v1, InferencePool inference.networking.k8s.io/v1.
 """
 
 from typing import Annotated, ClassVar, Literal, Self
@@ -17,7 +16,6 @@ from services.mesh.policy.base import (
     HostPattern,
     Labels,
     ObjectName,
-    Percentage,
     PortNumber,
     RouteName,
     Strict,
@@ -161,31 +159,3 @@ class Gateway(Document):
     def passes_through(self) -> bool:
         """Whether it is the way in for other clouds, rather than a door for clients."""
         return self.spec.servers[0].tls is not None
-
-
-class Tracing(Strict):
-    istio_has: ClassVar[frozenset[str]] = frozenset(
-        {
-            "providers",
-            "match",
-            "customTags",
-            "disableSpanReporting",
-            "disableContextPropagation",
-            "enableIstioTags",
-            "useRequestIdForTraceSampling",
-        }
-    )
-
-    random_sampling_percentage: Percentage
-
-
-class TelemetrySpec(Strict):
-    istio_has: ClassVar[frozenset[str]] = frozenset({"accessLogging", "metrics", "selector", "targetRef", "targetRefs"})
-
-    tracing: tuple[Tracing] = Field(description="exactly one entry")
-
-
-class Telemetry(Document):
-    api_version: Literal["telemetry.istio.io/v1"]
-    kind: Literal["Telemetry"]
-    spec: TelemetrySpec

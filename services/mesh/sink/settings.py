@@ -14,5 +14,6 @@ class SinkSettings(ServiceSettings):
     sink_spans: int = Field(50_000, ge=1, le=10_000_000, description="most spans kept; the oldest traces go first")
     sink_bytes: int = Field(64 << 20, ge=4096, le=1 << 34, description="about the most memory the spans may take")
     sink_trace_spans: int = Field(5_000, ge=1, le=1_000_000, description="most spans of one trace; more are dropped")
+    sink_log_records: int = Field(10_000, ge=1, le=1_000_000, description="most access log records kept")
     otlp_forward: str = Field("", description="host:port of another OTLP/gRPC collector that gets every batch too")
     sink_forward_queue: int = Field(64, ge=1, le=10_000, description="batches that may wait for the other collector")

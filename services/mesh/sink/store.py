@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from services.mesh.spans import Span, build
+from autoglm.cli.spans import Span, build
+
+REQUEST_KEYS = ("gen_ai.response.id", "guid:x-request-id")
+"""Where a request's own id is found: the gateway's, which clients are told, and Envoy's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,16 @@ class TraceStore:
         with self._lock:
             chosen = [(name, tuple(self._traces[name].values())) for name in list(reversed(self._traces))[:limit]]
         return [_summary(name, spans) for name, spans in chosen if spans]
+
+    def of_request(self, request_id: str) -> list[dict[str, Any]]:
+        """Summaries of the traces in which a span carries this request id, the newest first."""
+        with self._lock:
+            chosen = [
+                (name, tuple(spans.values()))
+                for name, spans in reversed(self._traces.items())
+                if any(span.attributes.get(key) == request_id for span in spans.values() for key in REQUEST_KEYS)
+            ]
+        return [_summary(name, spans) for name, spans in chosen]
 
     def _shrink(self) -> int:
         lost = 0

@@ -2,9 +2,9 @@
 
 from services.mesh.policy.base import ISTIO_VERSION
 from services.mesh.translate.inbound import inbound_name
-from services.mesh.translate.listeners import OTLP_CLUSTER
 from services.mesh.translate.names import TYPE_URL, Json, locality, owned, socket_address
 from services.mesh.translate.node import Caller, NodeSettings
+from services.mesh.translate.telemetry import OTLP_CLUSTER, STATS_TAGS
 from services.mesh.translate.views import INGRESS, OUTBOUND
 
 _OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -30,8 +30,9 @@ def bootstrap(node: NodeSettings) -> Json:
                 {
                     "name": "local",
                     "static_layer": {
+                        # Batches of 200 ms, or of 256 spans: a flush per span costs the receiver a call per span.
                         "tracing.opentelemetry.flush_interval_ms": 200,
-                        "tracing.opentelemetry.min_flush_spans": 1,
+                        "tracing.opentelemetry.min_flush_spans": 256,
                         **limits,
                     },
                 }
@@ -41,7 +42,8 @@ def bootstrap(node: NodeSettings) -> Json:
             "use_all_default_tags": False,
             "stats_tags": [
                 # gateway~outbound|50051||cache.autoglm.svc.cluster.local; → Istio's cluster name, and who calls.
-                {"tag_name": "cluster_name", "regex": r"^cluster\.(?:[-a-z0-9]+~)?((.+);)"},
+                # The dot behind it goes with it: `cluster..grpc` would be another metric than `cluster.grpc`.
+                {"tag_name": "cluster_name", "regex": r"^cluster\.(?:[-a-z0-9]+~)?((.+);\.)"},
                 {"tag_name": "source_workload", "regex": r"^cluster\.(([-a-z0-9]+)~)"},
                 {
                     "tag_name": "http_conn_manager_prefix",
@@ -49,6 +51,7 @@ def bootstrap(node: NodeSettings) -> Json:
                 },
                 {"tag_name": "response_code_class", "regex": r"_rq(_(\dxx))$"},
                 {"tag_name": "response_code", "regex": r"_rq(_(\d{3}))$"},
+                *STATS_TAGS,
             ],
         },
         "overload_manager": {
@@ -80,6 +83,7 @@ def _otlp(endpoint: str) -> Json:
     target = {"endpoint": {"address": socket_address(host.strip("[]"), int(port))}}
     return {
         "name": OTLP_CLUSTER,
+        "alt_stat_name": f"{OTLP_CLUSTER};",  # so that it is a label, like the others
         "type": "STRICT_DNS",
         "connect_timeout": "1s",
         "lb_policy": "ROUND_ROBIN",

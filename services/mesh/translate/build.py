@@ -25,7 +25,7 @@ def translate(policy: Policy, registry: Registry, node: NodeSettings) -> Snapsho
     door = ingress_view(policy, world, node)
     views = (*outbound, door) if door is not None else outbound
     routes = [outbound_routes(policy, view, node) for view in outbound]
-    listeners = [*inbound_listeners(policy, world, node), *outbound_listeners(outbound, node)]
+    listeners = [*inbound_listeners(policy, node), *outbound_listeners(policy, outbound, node)]
     if door is not None:
         routes.append(ingress_routes(policy, door, node))
         listeners.append(ingress_listener(policy, door, node))

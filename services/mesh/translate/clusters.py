@@ -9,7 +9,7 @@ from services.mesh.policy.destination_rule import HttpSettings, OutlierDetection
 from services.mesh.translate.balancing import balancing
 from services.mesh.translate.endpoints import load_assignment, selected
 from services.mesh.translate.localities import is_weighted
-from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, cluster_name, file_name, seconds, sni
+from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, cluster_name, eds_config, seconds, sni
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.tls import client_side
 from services.mesh.translate.views import View
@@ -92,14 +92,7 @@ def _discovery(host: Host, port: Port, subset: str, traffic: TrafficPolicy, node
             "respect_dns_ttl": True,
             "load_assignment": load_assignment(name, members, traffic, node),
         }
-    directory = node.run_directory / "eds"
-    config = {
-        "path_config_source": {
-            "path": str(directory / file_name(name)),
-            "watched_directory": {"path": str(directory)},
-        },
-        "resource_api_version": "V3",
-    }
+    config = eds_config(node.run_directory, name)
     return {"type": "EDS", "eds_cluster_config": {"eds_config": config, "service_name": name}}
 
 

@@ -12,12 +12,11 @@ from services.mesh.translate.listeners import connection_manager, http_filter, l
 from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, owned, socket_address
 from services.mesh.translate.node import InboundPort, NodeSettings, Sidecar
 from services.mesh.translate.tls import server_side
-from services.mesh.translate.world import World
 
 
-def inbound_listeners(policy: Policy, world: World, node: NodeSettings) -> list[Json]:
+def inbound_listeners(policy: Policy, node: NodeSettings) -> list[Json]:
     """One per process and port. They do not depend on readiness: endpoints do."""
-    return [_listener(policy, sidecar, port, world, node) for sidecar in node.sidecars for port in sidecar.ports]
+    return [_listener(policy, sidecar, port, node) for sidecar in node.sidecars for port in sidecar.ports]
 
 
 def inbound_clusters(node: NodeSettings) -> list[Json]:
@@ -30,12 +29,12 @@ def inbound_name(sidecar: Sidecar, port: InboundPort) -> str:
     return owned(f"inbound|{port.number}||", sidecar.workload.name)
 
 
-def _listener(policy: Policy, sidecar: Sidecar, port: InboundPort, world: World, node: NodeSettings) -> Json:
+def _listener(policy: Policy, sidecar: Sidecar, port: InboundPort, node: NodeSettings) -> Json:
     assert node.identities is not None  # NodeSettings refuses sidecars without
     workload = sidecar.workload
     filters = [*access_filters(policy, workload, port.number), http_filter("router", "router.v3.Router")]
     name = inbound_name(sidecar, port)
-    manager = connection_manager(name, "envoy-inbound", filters, world, node)
+    manager = connection_manager(policy, name, "envoy-inbound", filters, workload.labels, node)
     if "tracing" in manager:
         # One span per sidecar, as in Istio; what follows is the process's own.
         manager["tracing"]["spawn_upstream_span"] = False

@@ -3,7 +3,7 @@
 Whatever changes often is not here: a changed listener is drained, and draining ends long streams.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from services.mesh.policy import Policy
 from services.mesh.translate.access import access_filters
@@ -19,11 +19,10 @@ from services.mesh.translate.names import (
 )
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import picker_filter
-from services.mesh.translate.views import View, ingress_workload
-from services.mesh.translate.world import World
+from services.mesh.translate.rate_limits import rate_limit_filters
+from services.mesh.translate.telemetry import access_logs, grpc_stats, tracing
+from services.mesh.translate.views import INGRESS_LABELS, View, ingress_workload
 
-OTLP_CLUSTER = "otlp"
-ACCESS_LOG = "access.log"
 NOT_FROM_OUTSIDE = (
     "x-autoglm-",  # ours: tenant, variant, resume position
     "x-gateway-",  # endpoint picker protocol: destination, subset hint, fairness, objective
@@ -36,35 +35,15 @@ NOT_FROM_OUTSIDE = (
 )
 """Prefixes of request headers removed at the ingress before anything reads them."""
 _HTTP = TYPE_URL + "envoy.extensions.filters.http."
-_ACCESS_FIELDS = {
-    "start": "%START_TIME%",
-    "trace_id": "%TRACE_ID%",
-    "request_id": "%REQ(X-REQUEST-ID)%",
-    "method": "%REQ(:METHOD)%",
-    "authority": "%REQ(:AUTHORITY)%",
-    "path": "%REQ(:PATH):256%",
-    "status": "%RESPONSE_CODE%",
-    "grpc_status": "%GRPC_STATUS%",
-    "flags": "%RESPONSE_FLAGS%",
-    "details": "%RESPONSE_CODE_DETAILS%",
-    "duration_ms": "%DURATION%",
-    "bytes_in": "%BYTES_RECEIVED%",
-    "bytes_out": "%BYTES_SENT%",
-    "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
-    "cluster": "%UPSTREAM_CLUSTER_RAW%",
-    "upstream": "%UPSTREAM_HOST%",
-    "peer": "%DOWNSTREAM_REMOTE_ADDRESS%",
-    "peer_identity": "%DOWNSTREAM_PEER_URI_SAN%",
-}
 
 
-def outbound_listeners(views: Iterable[View], node: NodeSettings) -> list[Json]:
+def outbound_listeners(policy: Policy, views: Iterable[View], node: NodeSettings) -> list[Json]:
     """One per calling account; the picker where it can reach a host that is picked for."""
     result = []
     for view in views:
         picker = picker_filter(view.world, node)
         extra = [picker] if picker is not None else []
-        manager = connection_manager(view.name, "envoy-mesh", [*extra, *_FILTERS], view.world, node)
+        manager = connection_manager(policy, view.name, "envoy-mesh", [*extra, *_FILTERS], _labels(view), node)
         # Only the picker says where a request goes; what a caller wrote there must not survive a picker that is down.
         manager |= {"early_header_mutation_extensions": [_removal((DESTINATION_HEADER,))], **_rds(view.name, node)}
         result.append(listener(view.name, node.upstream_address, view.port, "OUTBOUND", _plain(manager), node))
@@ -74,8 +53,9 @@ def outbound_listeners(views: Iterable[View], node: NodeSettings) -> list[Json]:
 def ingress_listener(policy: Policy, view: View, node: NodeSettings) -> Json:
     """The door."""
     access = access_filters(policy, ingress_workload(node), chooses_routes=True)
-    filters = [*access, *edge_filters(policy, node), *_FILTERS]
-    manager = connection_manager(view.name, "envoy-ingress", filters, view.world, node)
+    before = [*access, *edge_filters(policy, node), *_FILTERS[:-1]]
+    filters = [*before, *rate_limit_filters(policy), *_FILTERS[-1:]]  # before the router, as their patch says
+    manager = connection_manager(policy, view.name, "envoy-ingress", filters, INGRESS_LABELS, node)
     manager |= {
         "use_remote_address": True,
         "request_headers_timeout": seconds(node.request_headers_timeout_s),
@@ -102,15 +82,19 @@ def http_filter(name: str, message: str) -> Json:
     return {"name": f"envoy.filters.http.{name}", "typed_config": {"@type": _HTTP + message}}
 
 
-def connection_manager(name: str, span_service: str, filters: list[Json], world: World, node: NodeSettings) -> Json:
-    """What every listener has in common: bounds, access log, tracing. The caller adds the routes."""
-    sampling = world.sampling_percent if world.sampling_percent is not None else node.tracing_sampling_percent
+def connection_manager(
+    policy: Policy, name: str, span_service: str, filters: list[Json], labels: Mapping[str, str], node: NodeSettings
+) -> Json:
+    """What every listener has in common: bounds, access log, tracing. The caller adds the routes.
+
+    `labels` are those of the workload that the listener stands in front of.
+    """
     manager: Json = {
         "@type": TYPE_URL + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": name,
         "codec_type": "AUTO",
         "http_filters": filters,
-        "access_log": [_access_log(name, node)],
+        "access_log": access_logs(policy, node, name, labels),
         "stream_idle_timeout": "0s",
         "request_timeout": "0s",
         "common_http_protocol_options": {
@@ -125,22 +109,12 @@ def connection_manager(name: str, span_service: str, filters: list[Json], world:
         "use_remote_address": False,
         "generate_request_id": True,
     }
-    if node.otlp_endpoint:
-        manager["tracing"] = {
-            "provider": {
-                "name": "envoy.tracers.opentelemetry",
-                "typed_config": {
-                    "@type": TYPE_URL + "envoy.config.trace.v3.OpenTelemetryConfig",
-                    "grpc_service": {"envoy_grpc": {"cluster_name": OTLP_CLUSTER}, "timeout": "0.250s"},
-                    "service_name": span_service,
-                },
-            },
-            "client_sampling": {"value": 100},
-            "random_sampling": {"value": sampling},
-            "overall_sampling": {"value": 100},
-            "spawn_upstream_span": True,
-        }
-    return manager
+    return manager | tracing(policy, node, span_service, labels)
+
+
+def _labels(view: View) -> Mapping[str, str]:
+    """A caller stands for all replicas of its service; what only one of them carries cannot select it."""
+    return {"app": view.account} if view.account else {}
 
 
 def _plain(manager: Json) -> Json:
@@ -156,14 +130,7 @@ def _rds(name: str, node: NodeSettings) -> Json:
 
 
 _FILTERS: tuple[Json, ...] = (
-    {
-        "name": "envoy.filters.http.grpc_stats",
-        "typed_config": {
-            "@type": _HTTP + "grpc_stats.v3.FilterConfig",
-            "emit_filter_state": True,
-            "stats_for_all_methods": False,
-        },
-    },
+    grpc_stats(),
     http_filter("fault", "fault.v3.HTTPFault"),
     CORS_FILTER,
     http_filter("router", "router.v3.Router"),
@@ -176,16 +143,5 @@ def _removal(prefixes: tuple[str, ...]) -> Json:
         "typed_config": {
             "@type": TYPE_URL + "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
             "mutations": [{"remove_on_match": {"key_matcher": {"prefix": prefix}}} for prefix in prefixes],
-        },
-    }
-
-
-def _access_log(name: str, node: NodeSettings) -> Json:
-    return {
-        "name": "envoy.access_loggers.file",
-        "typed_config": {
-            "@type": TYPE_URL + "envoy.extensions.access_loggers.file.v3.FileAccessLog",
-            "path": str(node.run_directory / ACCESS_LOG),
-            "log_format": {"json_format": {"listener": name, **_ACCESS_FIELDS}},
         },
     }

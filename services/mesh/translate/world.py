@@ -9,7 +9,7 @@ from services.mesh.policy import Policy
 from services.mesh.policy.checks import picks_for
 from services.mesh.policy.destination_rule import PortPolicy, Subset, TrafficPolicy
 from services.mesh.policy.objects import qualified
-from services.mesh.policy.others import InferencePool, ServiceEntry, Telemetry
+from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.registry import Endpoint, Registry
 from services.mesh.translate.names import cluster_name, config_path
 
@@ -91,7 +91,6 @@ class World:
     """Every host there is, by name, in a stable order."""
 
     hosts: dict[str, Host]
-    sampling_percent: float | None
 
 
 def survey(policy: Policy, registry: Registry) -> World:
@@ -108,7 +107,7 @@ def survey(policy: Policy, registry: Registry) -> World:
     for entry in policy.service_entries:
         for name in entry.spec.hosts:
             hosts[name] = _host(policy, name, _entry_ports(entry, name), dns=entry.spec.resolution == "DNS", pool=None)
-    return World(hosts, _sampling(policy.telemetries))
+    return World(hosts)
 
 
 def _host(policy: Policy, name: str, ports: tuple[Port, ...], *, dns: bool, pool: InferencePool | None) -> Host:
@@ -153,7 +152,3 @@ def _merge(under: TrafficPolicy, over: TrafficPolicy | None, port: int) -> Traff
             blocks |= {name: getattr(level, name) for name in PortPolicy.model_fields}
             break
     return under.model_copy(update=blocks)
-
-
-def _sampling(telemetries: tuple[Telemetry, ...]) -> float | None:
-    return telemetries[0].spec.tracing[0].random_sampling_percentage if telemetries else None

@@ -415,6 +415,7 @@ def test_streams_have_no_idle_limit_and_listeners_have_bounds() -> None:
     layer = snapshot.bootstrap["layered_runtime"]["layers"][0]["static_layer"]
     assert layer["envoy.resource_limits.listener.ingress.connection_limit"] == 4096
     assert layer["tracing.opentelemetry.flush_interval_ms"] == 200
+    assert layer["tracing.opentelemetry.min_flush_spans"] == 256
     assert (
         "tracing"
         not in translate(EVERYTHING, registry(), NODE).listeners[0]["filter_chains"][0]["filters"][0]["typed_config"]
@@ -550,20 +551,22 @@ def test_the_door_translates_and_compresses_only_where_the_policy_says_so() -> N
     """GRPC-WEB on the Gateway's port adds its filter, an EnvoyFilter its compressors; a plain door has neither."""
     plain = ["grpc_stats", "fault", "cors", "router"]
     found = filters(EVERYTHING)
-    assert found["ingress"] == ["grpc_web", "compressor", "compressor", *plain]
+    # Who it is and what is allowed come first, so that nothing is done for those who are refused.
+    edge = ["grpc_web", "compressor", "compressor"]
+    assert found["ingress"] == ["jwt_authn", "rbac", *edge, *plain[:-1], "local_ratelimit", "router"]
     assert found["outbound"] == ["ext_proc", *plain]
     bare = load(Path(__file__).resolve().parents[3] / "istio" / "base")
     data = bare.gateways[0].model_dump(mode="json", by_alias=True)
     data["spec"]["servers"][0]["port"]["protocol"] = "HTTP"
     gateway = type(bare.gateways[0]).model_validate_json(json.dumps(data))
-    assert filters(replace(bare, gateways=(gateway,)))["ingress"] == plain
+    assert filters(replace(bare, gateways=(gateway,)))["ingress"] == ["rbac", *plain]
 
 
 def test_a_compressor_is_passed_on_as_written() -> None:
     """What Istio would patch into Envoy and what we put there are the same bytes."""
     written = EVERYTHING.envoy_filters[0].spec.config_patches[1].patch.value
     listener = next(item for item in translate(EVERYTHING, registry(), NODE).listeners if item["name"] == "ingress")
-    found = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][2]
+    found = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][4]
     assert found == {
         "name": written.name,
         "typed_config": {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from services.mesh import ports
-from services.mesh.clouds import network, plan
+from services.mesh.clouds import network, plan, watches
 from services.mesh.clouds.federation import Federation
 from services.mesh.clouds.neighbours import CLUSTER_LABEL, Neighbours, Offer, Pace, Place, offer, placed
 from services.mesh.clouds.wan import Distance, Wan, Way
@@ -204,3 +204,19 @@ def test_names_of_a_network_fit_the_kernel_and_come_from_the_run_directory() -> 
     names = [one.bridge, *(one.cable(cloud) for cloud in ("aws", "gcp", "azure"))]
     assert len(set(names)) == 4 and all(len(name) <= 15 for name in names)
     assert one.bridge != other.bridge
+
+
+def test_room_for_file_watches_is_made_as_root_and_asked_for_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change is told in words; without the right to make it, the remedy is; enough is left as it is."""
+    limit = tmp_path / "max_user_instances"
+    monkeypatch.setattr(watches, "LIMIT", limit)
+    limit.write_text("128\n")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(watches.NoRoom, match=r"sysctl fs\.inotify\.max_user_instances=1024"):
+        watches.make_room(3)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert "from 128 to 1024" in watches.make_room(3)
+    assert limit.read_text() == "1024"
+    assert watches.make_room(3) == ""

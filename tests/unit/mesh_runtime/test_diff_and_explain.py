@@ -333,6 +333,13 @@ def test_explain_and_check_run_without_a_mesh(run: Any) -> None:
     assert good.exit_code == 0 and "VirtualService/sparse-inference: spec.http[1]" in good.output
     assert json.loads(run("explain", "/v1/models", "--json").output)["route"] == "rest"
     assert run("explain", "/nowhere").exit_code == 1
+    verdicts = {}
+    for path in (GENERATE, "/autoglm.sparse_inference.v1.SparseInferenceService/Nothing"):
+        (target,) = json.loads(run("explain", path, "--from", "gateway", "--json").output)["targets"]
+        verdicts[path] = target["access"]
+    assert verdicts[GENERATE]["verdict"] == "allowed"
+    assert "AuthorizationPolicy/sparse-inference: spec.rules[" in verdicts[GENERATE]["why"]
+    assert verdicts["/autoglm.sparse_inference.v1.SparseInferenceService/Nothing"]["verdict"] == "denied"
     assert run("explain", "/v1/models", "--header", "nonsense").exit_code == 2
     checked = run("check", "istio/base", "istio/gateway-api", "--json")
     assert [item["ok"] for item in json.loads(checked.output)] == [True, True]

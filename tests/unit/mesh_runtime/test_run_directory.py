@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from autoglm.cli.spans import Span
 
 from services.mesh import ports
 from services.mesh.demo import Answer
@@ -17,7 +18,6 @@ from services.mesh.rundir import AlreadyRunning, RunDirectory, write_atomically
 from services.mesh.settings import MeshSettings
 from services.mesh.sink.store import Bounds, TraceStore
 from services.mesh.smoke import flaws
-from services.mesh.spans import Span
 
 
 def test_a_run_directory_has_one_holder_and_says_who(tmp_path: Path) -> None:

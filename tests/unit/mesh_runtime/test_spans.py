@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 
+from autoglm.cli import timeline
+from autoglm.cli.spans import Span, build
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-
-from services.mesh import timeline
-from services.mesh.spans import Span, build
 
 MS = 1_000_000
 

@@ -52,6 +52,23 @@ def test_only_ready_instances_are_endpoints(tmp_path: Path) -> None:
     assert services["worker"].selector == {"app": "worker"}
 
 
+def test_processes_have_sidecars_and_only_those_who_call_have_a_way_out(tmp_path: Path) -> None:
+    """Every port twice: the sidecar's and the process's own. No way out where nobody runs or calls."""
+    loaded = topology.load(write(tmp_path, GOOD.replace("after: [cache]", "after: [cache]\n    calls: [cache]")))
+    supply = iter(range(100, 200))
+    instances = topology.instances(loaded, supply)
+    found = topology.sidecars(loaded, "autoglm", instances)
+    assert [item.workload.name for item in found] == ["cache", "worker-v1-0", "worker-v1-1"]
+    assert found[1].workload.identity == "spiffe://cluster.local/ns/autoglm/sa/worker"
+    assert found[1].workload.labels == {"app": "worker", "version": "v1"}
+    ports = [(port.listens, port.forwards_to) for item in found for port in item.ports]
+    assert len({number for pair in ports for number in pair}) == 6
+    (caller,) = topology.callers(loaded, supply)
+    assert (caller.service_account, caller.calls) == ("worker", frozenset({"cache"}))
+    nobody = topology.load(tmp_path / "mesh.yaml", "worker/v1=0")
+    assert topology.callers(nobody, supply) == ()
+
+
 def test_replica_counts_can_be_overridden(tmp_path: Path) -> None:
     """The canary is started by a setting, without editing the file."""
     loaded = topology.load(write(tmp_path, GOOD), "worker/canary=1, worker/v1=1")
@@ -82,6 +99,7 @@ def test_wrong_overrides_are_named(tmp_path: Path, overrides: str) -> None:
     [
         (("after: [cache]", "after: [nobody]"), "unknown service nobody"),
         (("after: [cache]", "after: [worker]"), "wait for each other: worker"),
+        (("after: [cache]", "calls: [nobody]"), "calls: unknown service nobody"),
         (("count: 2", "count: 2, colour: red"), "colour"),
         (("count: 2", "count: many"), "count"),
         (("name: canary", "name: v1"), "a name is used twice"),

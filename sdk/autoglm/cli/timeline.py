@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from services.mesh.spans import Node, Span, Tree
+from autoglm.cli.spans import Node, Span, Tree
 
 BAR = 24
 WIDE = 120
