@@ -120,7 +120,7 @@ spec:
       rout: []
       route: [{destination: {host: gateway}, weight: "90"}]
 ---
-kind: AuthorizationPolicy
+kind: Sidecar
 metadata: {name: deny}
 ---
 kind: Deployment
@@ -142,7 +142,7 @@ spec:
         f"a.yaml: VirtualService/gateway: spec.http[0].delegate: {unsupported}",
         "a.yaml: VirtualService/gateway: spec.http[0].rout: unknown field; did you mean route?",
         "a.yaml: VirtualService/gateway: spec.http[0].route[0].weight: input should be a valid integer (got '90')",
-        f"a.yaml: AuthorizationPolicy/deny: kind: {unsupported}",
+        f"a.yaml: Sidecar/deny: kind: {unsupported}",
         "b.yaml: DestinationRule/gateway: spec.trafficPolicy.outlierDetection.consecutive5xxError: "
         "unknown field; did you mean consecutive5xxErrors?",
     ):
