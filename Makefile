@@ -109,6 +109,7 @@ proto-release: $(READY_DEV) ## declare the protos as they are to be the release 
 
 bench: $(READY_DEV) ## measure the claims and write benchmarks/results
 	$(TEST_ENV) $(BIN)/python -m benchmarks.mesh
+	$(TEST_ENV) $(BIN)/python -m benchmarks.token_limit
 
 bench-engine: $(READY_DEV) ## the engine under mixed load, its memory, the mesh around it (ARGS="mixed-load --quick")
 	$(BIN)/python -m benchmarks.engine $(ARGS)

@@ -7,9 +7,7 @@ breaker keeps it out of the way and tries again with growing pauses.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -20,35 +18,11 @@ from redis.exceptions import RedisError
 from services.cache.blocks import HEADER_BYTES, BadBlock, Block, BlockKey, pack, unpack
 from services.cache.tiers import CORRUPT, Occupancy
 from services.chassis import telemetry
+from services.chassis.breaker import Breaker
 
 T = TypeVar("T")
 
 PREFIX = b"autoglm:kv:1:"
-FAILURES_TO_OPEN = 3
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-
-
-@dataclass(slots=True)
-class Breaker:
-    """Opens after consecutive failures; lets one call through after each pause."""
-
-    clock: Callable[[], float] = time.monotonic
-    failures: int = 0
-    closed_at: float = 0.0
-    pause_s: float = FIRST_PAUSE_S
-
-    def allows(self) -> bool:
-        """Whether to try now. Past a pause, the next failure opens it again at once."""
-        return self.failures < FAILURES_TO_OPEN or self.clock() >= self.closed_at
-
-    def succeeded(self) -> None:
-        self.failures, self.pause_s = 0, FIRST_PAUSE_S
-
-    def failed(self) -> None:
-        self.failures += 1
-        if self.failures >= FAILURES_TO_OPEN:
-            self.closed_at = self.clock() + self.pause_s
-            self.pause_s = min(self.pause_s * 2, LONGEST_PAUSE_S)
 
 
 class RedisTier:

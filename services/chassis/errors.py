@@ -93,7 +93,7 @@ def status_of(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[st
         ("autoglm-reason", reason),
     ]
     if isinstance(error, TooBusy):
-        trailers.append(("retry-after-ms", str(int(error.retry_after_s * 1000))))
+        trailers.append(("retry-after-ms", str(round(error.retry_after_s * 1000))))
     return code, error.message, tuple(trailers)
 
 

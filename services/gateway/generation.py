@@ -18,9 +18,12 @@ from opentelemetry import trace
 
 from services.chassis import deadlines
 from services.chassis.errors import InvalidRequest, OutOfTime, WrongVariant
+from services.gateway.budgets.bucket import Standing
+from services.gateway.budgets.reservations import Budgets, Reservation
 from services.gateway.clients import Tokenizer, Workers
 from services.gateway.events import Alternative, Delta, Event, Finished, TokenText, Usage
 from services.gateway.limits import Admission, check, prompt_field, tokens_to_generate
+from services.gateway.metering import Meter
 from services.gateway.models import Catalogue, Model
 from services.gateway.observation import Observation
 from services.gateway.requests import Chat, Ids, Prompt, Request, Text
@@ -40,12 +43,13 @@ class Gateway:
     workers: Workers
     catalogue: Catalogue
     admission: Admission
+    budgets: Budgets
     new_seed: Callable[[], int]
 
-    def generate(self, request: Request, request_id: str) -> Generation:
+    def generate(self, request: Request, request_id: str, tenant: str) -> Generation:
         """Starts a generation, or raises InvalidRequest or TooBusy before any work is done."""
         check(request, self.settings)
-        return Generation(self, request, request_id, self.admission.admit(request.all_choices))
+        return Generation(self, request, request_id, tenant, self.admission.admit(request.all_choices))
 
     async def encode(self, model: Model, prompt: Prompt) -> Encoded:
         """The prompt as ids of the model's own tokenizer; fails closed when another tokenizer answers."""
@@ -77,15 +81,24 @@ class _Ending:
 class Generation:
     """Events of one request, in order, ending after Usage or with an exception. Leaving its block ends its work."""
 
-    def __init__(self, gateway: Gateway, request: Request, request_id: str, release: Callable[[], None]) -> None:
+    def __init__(
+        self, gateway: Gateway, request: Request, request_id: str, tenant: str, release: Callable[[], None]
+    ) -> None:
         if deadlines.remaining_s() is None:
             deadlines.start(gateway.settings.default_deadline_s)
-        self._gateway, self._request, self._request_id = gateway, request, request_id
+        self._gateway, self._request, self._request_id, self._tenant = gateway, request, request_id, tenant
         self._release = release
+        self._reservation: Reservation | None = None
+        self._meter = Meter((), request.choices)
         self._events: asyncio.Queue[Event | _Ending] = asyncio.Queue(gateway.settings.queue_events)
         self._seen = Observation(request, request_id)
         self._task = asyncio.create_task(self._run(), name=request_id)
         self._task.add_done_callback(self._clean_up)
+
+    @property
+    def standing(self) -> Standing | None:
+        """How the tenant stood when this request was admitted; None before that, or when it has no budget."""
+        return self._reservation.standing if self._reservation is not None else None
 
     def close(self) -> None:
         """Ends all work now. May be called from anywhere, more than once."""
@@ -124,11 +137,17 @@ class Generation:
             failure = _first(group)
         except Exception as error:
             failure = error
+        self._settle(has_left=False)
         self._release()  # before the queue, which a client that does not read may keep full
         self._seen.end(failure)
         await self._events.put(_Ending(failure))
 
+    def _settle(self, *, has_left: bool) -> None:
+        if self._reservation is not None:
+            self._reservation.settle(self._meter.used(has_left=has_left))
+
     def _clean_up(self, task: asyncio.Task[None]) -> None:
+        self._settle(has_left=True)
         self._release()
         if task.cancelled():
             self._seen.end(asyncio.CancelledError())
@@ -137,6 +156,9 @@ class Generation:
 
     async def _serve(self) -> None:
         gateway, request = self._gateway, self._request
+        # Whoever has nothing left is refused before anything is asked of anyone: each choice takes a token at least.
+        least = request.all_choices * max(1, request.max_tokens) + len(request.prompts)
+        await gateway.budgets.look(self._tenant, least)
         model = await gateway.catalogue.get(request.model)
         seed = gateway.new_seed() if request.sampling.seed is None else request.sampling.seed
         self._seen.is_for(model.name, seed)
@@ -145,6 +167,9 @@ class Generation:
         if not all(prompts):
             raise InvalidRequest("the prompt is empty", field=prompt_field(request))
         wanted = [tokens_to_generate(request, len(ids), model, gateway.settings.default_max_tokens) for ids in prompts]
+        lengths = [len(ids) for ids in prompts]
+        self._meter = Meter(lengths, request.choices)
+        self._reservation = await gateway.budgets.reserve(self._tenant, sum(lengths) + request.choices * sum(wanted))
         sampling = replace(request.sampling, seed=seed)
         async with asyncio.TaskGroup() as group:
             choices = [
@@ -159,7 +184,7 @@ class Generation:
                             sampling=sampling,
                             max_tokens=wanted[number],
                             choice_index=index,
-                            tenant=gateway.settings.tenant,
+                            tenant=self._tenant,
                             ignore_eos=request.ignore_eos,
                             logprobs=request.logprobs,
                             top_logprobs=request.top_logprobs,
@@ -178,13 +203,15 @@ class Generation:
             for start in range(0, len(ends), request.choices)
         ]
         total = sum(end.completion_tokens for end in ends)
-        await self._tell(Usage(ends[0].variant_digest, sum(map(len, prompts)), sum(cached), total))
+        self._settle(has_left=False)  # a caller who has seen the counts finds them in the budget
+        await self._tell(Usage(ends[0].variant_digest, sum(lengths), sum(cached), total))
 
     async def _choose(self, model: Model, choice: int, work: Work) -> End:
         """One choice from its worker stream to its Finished event."""
         transcript = Transcript(self._request.stop)
         token_by_token = bool(self._request.stop) or self._request.logprobs
         received = 0
+        self._meter.asked(choice)
         with _TRACER.start_as_current_span("stream", attributes={"autoglm.choice": choice}) as span:
             async with (
                 self._gateway.tokenizer.decoder(model.name) as decoder,
@@ -194,6 +221,7 @@ class Generation:
                     digest = part.variant_digest
                     shown: list[tuple[str, tuple[TokenText, ...]]] = []
                     if isinstance(part, Tokens):
+                        self._meter.received(choice, received + len(part.token_ids))
                         groups = [(token_id,) for token_id in part.token_ids] if token_by_token else [part.token_ids]
                         decoded = await decoder.decode(groups)
                         tokens = await self._tokens(model, part, decoded)
@@ -213,6 +241,7 @@ class Generation:
                         counted = part.completion_tokens if isinstance(part, End) else received
                         part = End(digest, "stop", part.cached_tokens, counted)
                     if isinstance(part, End):
+                        self._meter.received(choice, part.completion_tokens)
                         span.set_attribute("gen_ai.usage.output_tokens", part.completion_tokens)
                         await self._tell(Finished(digest, choice, part.reason, transcript.matched or ""))
                         return part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeAlias
 
 import grpc
@@ -13,9 +13,13 @@ from opentelemetry import trace
 
 from services.chassis import deadlines
 from services.chassis.errors import InvalidRequest
+from services.gateway.budgets.bucket import Standing
+from services.gateway.budgets.reservations import OverBudget
+from services.gateway.budgets.words import spoken
 from services.gateway.events import Delta, Event, Finished, TokenText, Usage
 from services.gateway.generation import Gateway
 from services.gateway.requests import Chat, Constraint, Ids, Message, Prompt, Request, Sampling, Text
+from services.gateway.tenancy import TENANT_HEADER, tenant_of
 
 SERVICE_NAME: str = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -50,12 +54,19 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         _identify(context, request_id)
         if deadlines.remaining_s() is None:
             deadlines.start(self._gateway.settings.default_deadline_s)
-        generation = self._gateway.generate(_request(request), request_id)
+        tenant = _tenant(context, self._gateway.settings.tenant)
+        generation = self._gateway.generate(_request(request), request_id, tenant)
         context.add_done_callback(lambda _: generation.close())  # type: ignore[arg-type]  # the stub wants a protocol class
         left = deadlines.remaining_s()
         async with asyncio.timeout(None if left is None else left + READER_GRACE_S), generation:
-            async for event in generation:
-                yield _response(request_id, event)
+            try:
+                async for event in generation:
+                    yield _response(request_id, event)
+                    if isinstance(event, Usage):
+                        _identify(context, request_id, generation.standing)
+            except OverBudget as refusal:
+                _identify(context, request_id, refusal.standing)
+                raise
 
     async def CountTokens(
         self, request: gateway_pb2.CountTokensRequest, context: Context
@@ -84,9 +95,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         )
 
 
-def _identify(context: Context, request_id: str) -> None:
+def _identify(context: Context, request_id: str, standing: Standing | None = None) -> None:
     trace_id = trace.get_current_span().get_span_context().trace_id
-    context.set_trailing_metadata((("x-request-id", request_id), ("x-trace-id", f"{trace_id:032x}")))
+    names = ("x-request-id", request_id), ("x-trace-id", f"{trace_id:032x}")
+    context.set_trailing_metadata((*names, *spoken(standing).items()))
+
+
+def _tenant(context: Context, default: str) -> str:
+    pairs: Iterable[Any] = context.invocation_metadata() or ()
+    return tenant_of([str(value) for key, value in pairs if key == TENANT_HEADER], default)
 
 
 def _request(message: gateway_pb2.GenerateRequest) -> Request:

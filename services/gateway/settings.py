@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, SecretStr
 
 from services.chassis.settings import Port, ServiceSettings
 
@@ -11,7 +13,7 @@ class Settings(ServiceSettings):
     """Every buffer and every wait of the gateway has its bound here."""
 
     rest_port: Port = Field(8000, description="port of the OpenAI-style REST API; 0 takes a free one and prints it")
-    tenant: str = Field("public", min_length=1, max_length=64, description="whose cached blocks may be used")
+    tenant: str = Field("public", min_length=1, max_length=64, description="who asks when the ingress names no tenant")
 
     max_in_flight: int = Field(256, ge=1, le=100_000, description="choices generated at once; more are refused")
     retry_after_s: float = Field(1.0, ge=0, le=3600, description="when a refused caller should come back")
@@ -21,6 +23,18 @@ class Settings(ServiceSettings):
     health_timeout_s: float = Field(2.0, gt=0, le=60, description="longest wait for a peer when asked for health")
     model_info_ttl_s: float = Field(3.0, ge=0, le=3600, description="how long what a worker said of its model is used")
     generate_retries: int = Field(1, ge=0, le=3, description="new attempts when a worker fails before its first token")
+
+    token_budgets: Path | None = Field(None, description="TOML file of tokens per minute by tenant; unset: no limits")
+    token_budgets_watch_s: float = Field(1.0, gt=0, le=3600, description="how often that file is looked at")
+    budget_store_url: SecretStr = Field(
+        SecretStr(""), description="Valkey or Redis that all gateways share, such as redis://host:6379/1; empty: none"
+    )
+    budget_store_timeout_ms: int = Field(50, ge=1, le=10_000, description="longest a request waits for that store")
+    budget_store_connections: int = Field(16, ge=1, le=1024, description="connections to it")
+    budget_store_share: float = Field(
+        1.0, gt=0, le=1, description="part of each budget this gateway grants by itself while the store is away"
+    )
+    budget_tenants: int = Field(10_000, ge=1, le=1_000_000, description="tenants whose use is remembered in memory")
 
     default_max_tokens: int = Field(512, ge=1, le=131_072, description="tokens per choice when the caller names none")
     max_prompts: int = Field(8, ge=1, le=8, description="prompts in one completion request")

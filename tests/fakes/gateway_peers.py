@@ -145,6 +145,7 @@ class Peers:
         self.calls: list[WorkerCall] = []
         self.called: asyncio.Queue[WorkerCall] = asyncio.Queue()
         self.tokenizer_digest = TOKENIZER
+        self.encoded = 0
         self.decodes_before_failure: int | None = None
 
     async def call(self) -> WorkerCall:
@@ -191,11 +192,13 @@ class _Tokenizer(tokenizer_rpc.TokenizerServiceServicer):
         self.peers = peers
 
     async def Encode(self, request: tokenizer_pb.EncodeRequest, context: Any) -> tokenizer_pb.EncodeResponse:
+        self.peers.encoded += 1
         prefix = [BOS] if request.add_special_tokens else []
         ids = [*prefix, *request.text.encode()]
         return tokenizer_pb.EncodeResponse(token_ids=ids, tokenizer_digest=self.peers.tokenizer_digest)
 
     async def RenderChat(self, request: tokenizer_pb.RenderChatRequest, context: Any) -> Any:
+        self.peers.encoded += 1
         text = "".join(f"{message.role}:{message.content}\n" for message in request.messages)
         return tokenizer_pb.RenderChatResponse(
             text=text, token_ids=[USER, *text.encode()], tokenizer_digest=self.peers.tokenizer_digest

@@ -196,6 +196,18 @@ async def test_exit_codes_tell_what_to_do(gateway: FakeGateway, failure: chassis
     assert as_json.code == code and json.loads(as_json.out)["message"] == failure.message
 
 
+async def test_when_to_come_back_is_said_once(gateway: FakeGateway) -> None:
+    """A full mesh says when to try again; a message that already names the time is left as it is. JSON has it too."""
+    gateway.script(chassis.TooBusy("the queue is full", retry_after_s=2.5))
+    gateway.script(chassis.TooBusy("3 tokens are left; come back in 2.5 s", retry_after_s=2.5))
+    plain, named = [await autoglm(gateway, "generate", "x") for _ in range(2)]
+    assert "the queue is full; try again in 2.5 s [request" in plain.err
+    assert "come back in 2.5 s [request" in named.err
+    gateway.script(chassis.TooBusy("3 tokens are left; come back in 2.5 s", retry_after_s=2.5))
+    as_json = await autoglm(gateway, "generate", "x", "--json")
+    assert json.loads(as_json.out)["retry_after_s"] == 2.5
+
+
 async def test_a_cut_answer_is_shown_and_exits_5(gateway: FakeGateway) -> None:
     """What had come is printed, its line is ended, and the code says that it is not whole."""
     gateway.script(delta("half an ans"))

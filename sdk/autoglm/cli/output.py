@@ -95,7 +95,8 @@ class Output:
                     "retry_after_s": wait,
                 }
             )
-        tail = f"; try again in {wait:g} s" if wait is not None else ""
+        is_told = wait is not None and f" {wait:g} s" in error.message
+        tail = f"; try again in {wait:g} s" if wait is not None and not is_told else ""
         tail += f" [request {error.request_id}]" if error.request_id else ""
         line = f"autoglm: {error.message}{tail}".translate(_VISIBLE)
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(Text(line, style="red"))

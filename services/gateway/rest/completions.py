@@ -18,11 +18,13 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from services.chassis import deadlines, residency
+from services.gateway.budgets.words import spoken
 from services.gateway.generation import Gateway, Generation
 from services.gateway.rest.connection import ClientGone, Reply, read_body, while_connected
 from services.gateway.rest.errors import from_validation, told
 from services.gateway.rest.render import DONE, Renderer, sse
 from services.gateway.rest.schemas import ChatBody, CompletionBody
+from services.gateway.tenancy import TENANT_HEADER, tenant_of
 
 READER_GRACE_S = 1.0
 """A client that stops reading is cut this long after its deadline."""
@@ -59,9 +61,10 @@ class Completions:
             reply = Reply(send, {"x-request-id": request_id, "x-trace-id": f"{span.get_span_context().trace_id:032x}"})
             try:
                 content = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
+                tenant = tenant_of(request.headers.getlist(TENANT_HEADER), settings.tenant)
                 body = self._body.model_validate_json(content)
                 async with asyncio.timeout(settings.default_deadline_s + READER_GRACE_S):
-                    await while_connected(receive, self._serve(body, request_id, reply))
+                    await while_connected(receive, self._serve(body, request_id, tenant, reply))
             except ClientGone:
                 span.set_status(Status(StatusCode.ERROR, "the client closed the connection"))
             except Exception as failure:
@@ -70,22 +73,23 @@ class Completions:
                 span.set_attribute("http.response.status_code", reply.status)
             RESPONSES.labels(request.url.path, reply.status or 499).inc()  # the route matched: there are two paths
 
-    async def _serve(self, body: ChatBody | CompletionBody, request_id: str, reply: Reply) -> None:
+    async def _serve(self, body: ChatBody | CompletionBody, request_id: str, tenant: str, reply: Reply) -> None:
         wanted = body.request()
         renderer = self._renderer(
             request_id, wanted.model, int(self._now()), scored=wanted.logprobs, include_usage=body.include_usage
         )
-        async with self._gateway.generate(wanted, request_id) as generation:
+        async with self._gateway.generate(wanted, request_id, tenant) as generation:
             if body.stream:
                 await _stream(generation, renderer, reply)
             else:
-                await reply.json(200, renderer.whole([event async for event in generation]))
+                whole = renderer.whole([event async for event in generation])
+                await reply.json(200, whole, spoken(generation.standing))
 
 
 async def _stream(generation: Generation, renderer: Renderer, reply: Reply) -> None:
     async for event in generation:
         if chunks := renderer.chunks(event):
-            await reply.stream(b"".join(map(sse, chunks)))
+            await reply.stream(b"".join(map(sse, chunks)), spoken(generation.standing))
     await reply.stream(DONE)
     await reply.end()
 

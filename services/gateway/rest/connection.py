@@ -88,10 +88,11 @@ class Reply:
         )
         await self._send({"type": "http.response.body", "body": content})
 
-    async def stream(self, content: bytes) -> None:
-        """Sends a part of an event stream; the first one sends the status."""
+    async def stream(self, content: bytes, headers: Mapping[str, str] | None = None) -> None:
+        """Sends a part of an event stream; the first one sends the status and `headers`."""
         if not self.has_begun:
-            await self._begin(200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
+            kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+            await self._begin(200, kind | dict(headers or {}))
         await self._send({"type": "http.response.body", "body": content, "more_body": True})
 
     async def end(self) -> None:

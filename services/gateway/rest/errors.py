@@ -24,6 +24,8 @@ from services.chassis.errors import (
     Unavailable,
     WrongVariant,
 )
+from services.gateway.budgets.reservations import OverBudget
+from services.gateway.budgets.words import spoken
 
 log = logging.getLogger("autoglm.rest")
 
@@ -82,6 +84,8 @@ def told(failure: BaseException) -> ApiError:
     if isinstance(failure, TooBusy):
         headers["retry-after"] = str(max(1, math.ceil(failure.retry_after_s)))
         headers["retry-after-ms"] = str(math.ceil(failure.retry_after_s * 1000))
+    if isinstance(failure, OverBudget):
+        headers |= spoken(failure.standing)
     facts = failure.metadata
     return ApiError(status, failure.message, kind, facts.get("field"), facts.get("kind", code), headers)
 

@@ -90,6 +90,8 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
         add(item, doubts.patches_nothing(item, policy), is_warning=True)
     for gateway in policy.doors:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
+    for second in [item for item in policy.envoy_filters if item.spec.limits][1:]:
+        add(second, iter([("spec", "a second rate limit for the ingress; only one is supported")]))
     for singles in (policy.doors, policy.eastwest, policy.telemetries):
         for extra in singles[1:]:
             add(extra, iter([("kind", f"only one {extra.kind} is supported by the local control plane")]))

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import Tag, ValidationError
 
 from services.mesh.policy.base import ISTIO_VERSION, Strict
 
@@ -76,6 +76,8 @@ def _plain(message: str, value: object) -> str:
 def _path(loc: tuple[int | str, ...]) -> str:
     path = ""
     for part in loc:
+        if isinstance(part, str) and part.startswith("("):  # which of several models was meant: no part of the document
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path.removesuffix(".[key]")
 
@@ -83,15 +85,28 @@ def _path(loc: tuple[int | str, ...]) -> str:
 def _model_at(model: type[Strict], loc: tuple[int | str, ...]) -> type[Strict] | None:
     """The model that `loc` leads to. List positions and dictionary keys do not change the model."""
     current = model
+    annotation: Any = None
     for part in loc:
+        if isinstance(part, str) and part.startswith("("):
+            current = _tagged(annotation, part) or current
+            continue
         for name, field in current.model_fields.items():
             if part == (field.alias or name):
-                inner = _strict_in(field.annotation)
+                annotation = field.annotation
+                inner = _strict_in(annotation)
                 if inner is None:
                     return None
                 current = inner
                 break
     return current
+
+
+def _tagged(annotation: Any, tag: str) -> type[Strict] | None:
+    """The model of a union that is marked with `tag`."""
+    for argument in get_args(annotation):
+        if any(isinstance(mark, Tag) and mark.tag == tag for mark in getattr(argument, "__metadata__", ())):
+            return _strict_in(argument)
+    return None
 
 
 def _strict_in(annotation: Any) -> type[Strict] | None:

@@ -5,7 +5,7 @@ filter is one of the latter, as in Istio: it does nothing on a route without `co
 """
 
 from services.mesh.policy import Policy
-from services.mesh.policy.envoy_filter import EnvoyFilter
+from services.mesh.policy.envoy_filter import CompressorFilter, EnvoyFilter
 from services.mesh.policy.virtual_service import CorsPolicy
 from services.mesh.translate.matching import string_match
 from services.mesh.translate.names import TYPE_URL, Json
@@ -28,17 +28,19 @@ def edge_filters(policy: Policy, node: NodeSettings) -> list[Json]:
     if gateways:
         filters.append({"name": GRPC_WEB, "typed_config": {"@type": _HTTP + "grpc_web.v3.GrpcWeb"}})
     for item in policy.envoy_filters:
-        if any(_is_for(item, dict(gateway.spec.selector)) for gateway in policy.doors):
+        if is_for_ingress(item, policy):
             filters += [
                 patch.patch.value.model_dump(mode="json", by_alias=True, exclude_none=True)
                 for patch in item.spec.config_patches
+                if isinstance(patch.patch.value, CompressorFilter)
             ]
     return filters
 
 
-def _is_for(item: EnvoyFilter, labels: dict[str, str]) -> bool:
+def is_for_ingress(item: EnvoyFilter, policy: Policy) -> bool:
     """Locally the ingress carries exactly the labels that its Gateway selects."""
-    return item.spec.workload_selector.labels.items() <= labels.items()
+    labels = item.spec.workload_selector.labels.items()
+    return any(labels <= gateway.spec.selector.items() for gateway in policy.doors)
 
 
 def cors_policy(cors: CorsPolicy) -> Json:

@@ -19,6 +19,7 @@ from services.mesh.translate.names import (
 )
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import picker_filter
+from services.mesh.translate.rate_limits import rate_limit_filters
 from services.mesh.translate.views import View, ingress_workload
 from services.mesh.translate.world import World
 
@@ -73,7 +74,8 @@ def outbound_listeners(views: Iterable[View], node: NodeSettings) -> list[Json]:
 
 def ingress_listener(policy: Policy, view: View, node: NodeSettings) -> Json:
     """The door."""
-    filters = [*access_filters(policy, ingress_workload(node)), *edge_filters(policy, node), *_FILTERS]
+    before = [*access_filters(policy, ingress_workload(node)), *edge_filters(policy, node), *_FILTERS[:-1]]
+    filters = [*before, *rate_limit_filters(policy), *_FILTERS[-1:]]  # before the router, as their patch says
     manager = connection_manager(view.name, "envoy-ingress", filters, view.world, node)
     manager |= {
         "use_remote_address": True,

@@ -17,6 +17,7 @@ from services.mesh.translate.matching import route_match
 from services.mesh.translate.names import ROUTES, TYPE_URL, Json, domains, origin, seconds, share
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import EXT_PROC, per_route
+from services.mesh.translate.rate_limits import host_rate_limits
 from services.mesh.translate.retrying import retry_policy
 from services.mesh.translate.views import INGRESS, View, bound
 from services.mesh.translate.world import Host, World
@@ -55,7 +56,9 @@ def ingress_routes(policy: Policy, view: View, node: NodeSettings) -> Json:
                 host = qualified(pattern, namespace)
                 if any(_admits(allowed, host) for allowed in server.hosts):
                     routes = _routes(service, view.world, node, name, server.port.number)
-                    hosts.append(_virtual_host(f"{host}:{server.port.number}", [host], routes))
+                    hosts.append(
+                        _virtual_host(f"{host}:{server.port.number}", [host], routes) | host_rate_limits(policy)
+                    )
     return _configuration(INGRESS, hosts)
 
 

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.cache.redis_tier import FAILURES_TO_OPEN, LONGEST_PAUSE_S, Breaker, RedisTier
+from services.cache.redis_tier import RedisTier
+from services.chassis.breaker import FAILURES_TO_OPEN, LONGEST_PAUSE_S, Breaker
 from services.chassis.telemetry import FALLBACKS
 from tests.fakes import kv_blocks
 from tests.fakes.redis_server import FakeRedis

@@ -551,7 +551,9 @@ def test_the_door_translates_and_compresses_only_where_the_policy_says_so() -> N
     plain = ["grpc_stats", "fault", "cors", "router"]
     found = filters(EVERYTHING)
     # Who it is and what is allowed come first, so that nothing is done for those who are refused.
-    assert found["ingress"] == ["jwt_authn", "rbac", "grpc_web", "compressor", "compressor", *plain]
+    guards = ["jwt_authn", "rbac"]
+    edge = ["grpc_web", "compressor", "compressor"]
+    assert found["ingress"] == [*guards, *edge, *plain[:-1], "local_ratelimit", "router"]
     assert found["outbound"] == ["ext_proc", *plain]
     bare = load(Path(__file__).resolve().parents[3] / "istio" / "base")
     data = bare.gateways[0].model_dump(mode="json", by_alias=True)
