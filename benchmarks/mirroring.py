@@ -1,6 +1,6 @@
 """A quarter of the requests is mirrored to a shadow that is dead, slow or failing: does the primary's caller notice?
 
-    python -m benchmarks.mirroring [--rounds 12]
+    python -m benchmarks.mirroring [--rounds 16]
 
 One Envoy under routes as in istio/components/mirror, once per kind of shadow and once without any; requests take turns
 between them one by one, so a noisy machine is noisy for all alike. A second set without mirroring shows how far two
@@ -268,14 +268,14 @@ def _free_port() -> int:
 def main() -> None:
     """Measures, prints a line per bar and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=16, help="at least 2, as the spread between them is told")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
         asyncio.run(serve(chosen.serve))
         return
-    bars, details = asyncio.run(measure(chosen.rounds, chosen.requests))
+    bars, details = asyncio.run(measure(max(2, chosen.rounds), chosen.requests))
     load_average = os.getloadavg()[0]
     command = f"python -m benchmarks.mirroring --rounds {chosen.rounds}"
     report("mirroring", bars, details | {"load_average_at_the_end": round(load_average, 1)}, command)

@@ -60,6 +60,7 @@ def test_each_caller_has_its_own_clusters_and_only_those_it_can_use() -> None:
         "sparse-inference~outbound|cache",
         "ingress~outbound|gateway",
         "ingress~outbound|8000||gateway.autoglm.svc.cluster.local|gateway",
+        "ingress~outbound|8000|conversation|gateway.autoglm.svc.cluster.local|gateway",
     }
     listeners = {item["name"] for item in SNAPSHOT.listeners}
     assert {"gateway~outbound", "sparse-inference~outbound", "ingress"} <= listeners
