@@ -23,7 +23,6 @@ from services.mesh.translate.bootstrap import bootstrap
 from services.mesh.translate.inbound import inbound_clusters, inbound_listeners
 from services.mesh.translate.names import LISTENER, TYPE_URL, socket_address
 from services.mesh.translate.node import InboundPort, Sidecar
-from services.mesh.translate.world import World
 from tests.fakes.envoy_process import EnvoyProcess, free_port, node_settings
 
 Outcome = Literal["reached", "denied", "refused", "closed"]
@@ -85,7 +84,7 @@ class AccessWorld:
             issued = self.authority.issue(workload.identity, timedelta(hours=1), datetime.now(UTC))
             write_certificate(self.identities, workload.service_account, issued)
         node = replace(self.node, sidecars=(sidecar,))
-        self._listeners += inbound_listeners(policy, World({}, None), node)
+        self._listeners += inbound_listeners(policy, node)
         self._clusters += inbound_clusters(node)
         return port
 
