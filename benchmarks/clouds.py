@@ -104,6 +104,11 @@ class Clouds:
                 found.append(datetime.fromisoformat(entry["start"]).timestamp())
         return sorted(found)
 
+    def said(self, name: str, word: str) -> list[str]:
+        """Lines of the cloud's own log, with their times, that have the word."""
+        log = self.cloud(name).run_dir / "logs" / "mesh.log"
+        return [line for line in log.read_text().splitlines() if word in line]
+
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> float:
         """Seconds until `condition` holds; looks again and again. Raises TimeoutError with `what`."""
         began = time.monotonic()

@@ -62,7 +62,7 @@ class MeshSettings(ServiceSettings):
     federation_heartbeat_ms: int = Field(250, ge=20, le=60_000, description="how often the others hear of us")
     federation_stale_ms: int = Field(1000, ge=100, le=600_000, description="a cloud not heard of so long is dropped")
     ping_interval_ms: int = Field(1000, ge=100, le=600_000, description="among clouds: how often a connection is tried")
-    ping_timeout_ms: int = Field(1500, ge=50, le=600_000, description="and how long until a silent one is given up")
+    ping_timeout_ms: int = Field(1200, ge=50, le=600_000, description="and how long until a silent one is given up")
     federation_ramp_s: float = Field(10.0, ge=0, le=3600, description="time to the full share of one that comes back")
 
     start_timeout_s: float = Field(60.0, gt=0, le=3600, description="how long one process may take to be ready")

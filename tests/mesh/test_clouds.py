@@ -6,17 +6,19 @@ smoke run (`make clouds-smoke`) then still works on loopback addresses.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import autoglm
 import pytest
 
 from benchmarks.clouds import Clouds, running_clouds
 from benchmarks.harness import MODEL
-from services.mesh.clouds import asking, network, smoke
+from services.mesh.clouds import asking, network, shared_cache, smoke
 from services.mesh.clouds.asking import Answer, NoAnswer
 
 CANNOT = "network namespaces need root, ip and nsenter: clouds are NOT tested here"
@@ -32,8 +34,9 @@ ENDS_WITHIN_S = 20.0
 
 @pytest.fixture(scope="module")
 def clouds() -> Iterator[Clouds]:
-    """Three clouds with one worker each."""
-    with running_clouds(AUTOGLM_FEDERATION_RAMP_S="1") as made:
+    """Three clouds with one worker each, and a store of blocks between them where a server for it is installed."""
+    shares = shared_cache.find("127.0.0.1", 1) is not None
+    with running_clouds(AUTOGLM_FEDERATION_RAMP_S="1", AUTOGLM_CLOUDS_SHARED_CACHE=str(shares)) as made:
         yield made
 
 
@@ -58,6 +61,25 @@ def test_every_cloud_gives_the_same_tokens(clouds: Clouds) -> None:
     assert {(answer.token_ids, answer.variant_digest) for answer in answers} == {
         (answers[0].token_ids, answers[0].variant_digest)
     }
+
+
+def test_a_prefix_computed_in_one_cloud_is_found_in_another(clouds: Clouds) -> None:
+    """Blocks are named by digest: what aws has prefilled, gcp need not."""
+    if shared_cache.find("127.0.0.1", 1) is None:
+        pytest.skip("neither valkey-server nor redis-server is installed (make packages): sharing is NOT tested")
+
+    def cached(name: str, prompt: str) -> int:
+        with autoglm.Client(clouds.ingress(name), model=MODEL, timeout=60) as client:
+            metadata = {"x-data-region": name}
+            return client.generate(prompt, max_tokens=2, seed=1, metadata=metadata).usage.cached_tokens
+
+    numbers = itertools.count()
+
+    def is_found() -> bool:
+        prompt = f"# prefix {next(numbers)} that both clouds are asked for\n" * 20  # new: gcp has nothing of its own
+        return cached("aws", prompt) == 0 and cached("gcp", prompt) > 0
+
+    clouds.until(is_found, "gcp finds what aws has stored")
 
 
 def test_a_region_that_does_not_exist_is_refused(clouds: Clouds) -> None:

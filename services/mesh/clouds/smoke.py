@@ -85,6 +85,7 @@ def stand_in_and_residency(current: CloudsState) -> str:
     os.kill(victim.pid, signal.SIGSTOP)  # stays down for as long as this takes; then it ends
     os.kill(victim.pid, signal.SIGKILL)
     until(lambda: workers(cloud)[0].pid != victim.pid, f"{cloud.name} sees that its worker is gone")
+    until(lambda: _serves(cloud), "another cloud stands in")  # from here on no request may fail
     began = time.monotonic()
     served, failed = 0, ""
     while workers(cloud)[0].phase != "ready" and time.monotonic() - began < PATIENCE_S:
@@ -98,6 +99,14 @@ def stand_in_and_residency(current: CloudsState) -> str:
     if not failed:
         raise Flaw(f"a request pinned to {cloud.name} was answered while it had no worker")
     return f"{cloud.name}'s worker killed: {served} requests served by another cloud; pinned to it: {failed}"
+
+
+def _serves(cloud: CloudState) -> bool:
+    try:
+        _ask(cloud)
+    except asking.NoAnswer:
+        return False
+    return True
 
 
 def _pinned(cloud: CloudState) -> str:
