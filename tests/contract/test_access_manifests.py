@@ -102,7 +102,8 @@ def test_the_collector_would_miss_no_caller() -> None:
     """Stubs are made in clients.py only, so reading those files is reading all calls between services."""
     elsewhere = []
     for path in sorted((ROOT / "services").rglob("*.py")):
-        if path.name == "clients.py" or {"mesh", "trainer"} & set(path.relative_to(ROOT).parts):
+        # The probe asks its own process, within its container.
+        if path.name in {"clients.py", "probe.py"} or {"mesh", "trainer"} & set(path.relative_to(ROOT).parts):
             continue
         tree = ast.parse(path.read_text())
         elsewhere += [
