@@ -191,6 +191,16 @@ async def test_certificates_rotate_under_load_without_a_failed_call(tmp_path: Pa
         assert not [name for name, value in stats.items() if "key_rotation_failed" in name and value != "0"]
 
 
+async def test_metrics_have_istios_cluster_names_and_say_who_calls(tmp_path: Path) -> None:
+    """The caller is a label of its own, so that a sum over callers is what a sidecar of Istio's would report."""
+    async with mesh(tmp_path, "STRICT") as (_, made, envoy):
+        assert await say(made.outbound) == SERVICE.encode()
+        page = await asyncio.to_thread(envoy._get, "/stats/prometheus?filter=handshake|upstream_rq_total")
+        labels = f'{{cluster_name="outbound|50051||{HOST}",source_workload="{CALLER}"}}'
+        assert f"envoy_cluster_ssl_handshake{labels} 1" in page
+        assert f"envoy_cluster_upstream_rq_total{labels} 1" in page
+
+
 async def test_connections_end_where_policy_bounds_their_life(tmp_path: Path) -> None:
     """maxConnectionDuration: callers connect anew after a while, so a rotation reaches busy connections, too."""
     policy = rule(mode="ISTIO_MUTUAL")

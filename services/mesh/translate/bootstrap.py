@@ -41,7 +41,8 @@ def bootstrap(node: NodeSettings) -> Json:
             "use_all_default_tags": False,
             "stats_tags": [
                 # gateway~outbound|50051||cache.autoglm.svc.cluster.local; → Istio's cluster name, and who calls.
-                {"tag_name": "cluster_name", "regex": r"^cluster\.(?:[-a-z0-9]+~)?((.+);)"},
+                # The dot behind it goes with it: `cluster..grpc` would be another metric than `cluster.grpc`.
+                {"tag_name": "cluster_name", "regex": r"^cluster\.(?:[-a-z0-9]+~)?((.+);\.)"},
                 {"tag_name": "source_workload", "regex": r"^cluster\.(([-a-z0-9]+)~)"},
                 {
                     "tag_name": "http_conn_manager_prefix",
