@@ -222,7 +222,6 @@ _EXPLAINED = {
     "hint": "none is among the endpoints that the proxy allows",
     "model": "none serves the model",
     "variant": "none runs the variant",
-    "draining": "those that fit are draining",
 }
 
 

@@ -82,7 +82,6 @@ def stand_in_and_residency(current: CloudsState) -> str:
     wanted = _ask(current.clouds[0], current.clouds[0].name)
     if victim.pid is None:
         raise Flaw(f"{cloud.name} has no worker to kill")
-    os.kill(victim.pid, signal.SIGSTOP)  # stays down for as long as this takes; then it ends
     os.kill(victim.pid, signal.SIGKILL)
     until(lambda: workers(cloud)[0].pid != victim.pid, f"{cloud.name} sees that its worker is gone")
     until(lambda: _serves(cloud), "another cloud stands in")  # from here on no request may fail

@@ -180,13 +180,14 @@ def test_a_malformed_first_message_is_refused(desk: Desk, data: bytes, mode: int
 
 
 def test_refusals_carry_status_and_reason() -> None:
-    """Draining: 14/503. All full: 8/429 with the time to come back and google.rpc.Status as any service sends it."""
+    """None allowed: 14/503. All full: 8/429 with the time to come back and google.rpc.Status as any service sends it."""
     desk = Desk()
     replica = desk.add("a", 1)
-    replica.draining = True
-    (reply,) = desk.exchange().answers(headers(end_of_stream=True))
+    message = headers(end_of_stream=True)
+    hint = message.metadata_context.filter_metadata["envoy.lb.subset_hint"]
+    hint["x-gateway-destination-endpoint-subset"] = ["10.0.0.9:9"]
+    (reply,) = desk.exchange().answers(message)
     assert (reply.immediate_response.grpc_status.status, reply.immediate_response.status.code) == (14, 503)
-    replica.draining = False
     desk.table.report_load(replica, Load(running=2))
     (reply,) = desk.exchange().answers(headers(end_of_stream=True))
     local = reply.immediate_response
@@ -210,6 +211,17 @@ def test_what_the_picker_does_not_know_is_left_to_the_proxy(mode: int) -> None:
     assert not any(answer.HasField("dynamic_metadata") for answer in answers)
     assert FALLBACKS.labels("left_to_proxy")._value.get() == before + 1
     assert desk.recorder.newest(1)[0].decision.refusal == "no_replica"
+
+
+def test_a_worker_that_drains_is_no_worker_and_the_proxy_may_know_another() -> None:
+    """With none but draining ones the request passes unplaced, counted: another cloud may take it."""
+    desk = Desk()
+    desk.add("a", 1).draining = True
+    before = FALLBACKS.labels("left_to_proxy")._value.get()
+    answers = [*desk.exchange().answers(headers(end_of_stream=True))]
+    assert not any(answer.HasField("immediate_response") for answer in answers)
+    assert FALLBACKS.labels("left_to_proxy")._value.get() == before + 1
+    assert desk.recorder.newest(1)[0].decision.refusal == "draining"
 
 
 def test_a_prompt_goes_where_its_prefix_is(desk: Desk) -> None:
