@@ -136,11 +136,14 @@ class Prefixes:
         """Whether a block would be taken now. May be asked from any thread, to spare the copy of one that would not."""
         return not self._queue.full()
 
-    def keep(self, scope: Scope, name: bytes, payload: bytes) -> None:
-        """Queues a computed block for the cache service; a full queue drops it, counted."""
+    def keep(self, scope: Scope, name: bytes, payload: bytes, at_once: bool = True) -> None:
+        """Queues a computed block for the cache service; a full queue drops it, counted.
+
+        `at_once`: others may ask for it soon, as for a prompt's; else it may wait for company.
+        """
         try:
             self._queue.put_nowait((scope, name, payload))
-            if self._is_enough:
+            if at_once or self._is_enough:
                 self._hurry.set()
         except asyncio.QueueFull:
             self.drop()
@@ -152,10 +155,12 @@ class Prefixes:
     async def publish(self) -> None:
         """Runs for ever: moves queued blocks to the cache service in batches of one scope.
 
-        A call costs more than a block: after one it waits for `interval_s`, for a full batch or for a flush.
+        A call costs more than a block: after one it waits for `interval_s`, a block that is wanted at once, a full
+        batch or a flush.
         """
         while True:
             waiting = [await self._queue.get()]
+            self._hurry.clear()
             while len(waiting) < PUBLISH_BATCH and not self._queue.empty():
                 waiting.append(self._queue.get_nowait())
             try:
@@ -165,7 +170,6 @@ class Prefixes:
                 for _ in waiting:
                     self._queue.task_done()
             if not (self._is_enough or self._is_flushing):
-                self._hurry.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._interval_s):
                         await self._hurry.wait()

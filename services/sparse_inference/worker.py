@@ -127,13 +127,15 @@ class Worker:
             self._outbox.add(queue, event, is_first=not has_begun)
             has_begun = True
 
+        prompts_own = frozenset(found.names)
+
         def publish(name: bytes, payload: Callable[[], bytes]) -> None:
             if not self._prefixes.has_room:
                 self._prefixes.drop()
                 return
             content = payload()
             with contextlib.suppress(RuntimeError):  # the event loop has ended; so has everyone who waits
-                self._events.call_soon_threadsafe(self._prefixes.keep, scope, name, content)
+                self._events.call_soon_threadsafe(self._prefixes.keep, scope, name, content, name in prompts_own)
 
         prepared = replace(
             request,

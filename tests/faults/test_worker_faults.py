@@ -262,11 +262,31 @@ async def test_blocks_that_come_soon_after_others_share_a_call() -> None:
     await asyncio.wait_for(called.wait(), WAIT_S)
     called.clear()
     for number in range(1, 70):
-        prefixes.keep(scope, bytes([number]) * 32, b"x")
+        prefixes.keep(scope, bytes([number]) * 32, b"x", at_once=False)
     await asyncio.wait_for(called.wait(), WAIT_S)
     assert sizes == [1, PUBLISH_BATCH]
     await prefixes.flush(WAIT_S)
     assert sizes == [1, PUBLISH_BATCH, 70 - 1 - PUBLISH_BATCH]
+    publisher.cancel()
+
+
+async def test_a_prompts_blocks_are_published_without_waiting_for_company() -> None:
+    """Another worker may be asked for the same prompt next: what a long interval holds back is only answers' blocks."""
+    remote = Remote()
+    remote.answer.set()
+    prefixes = Prefixes(PagePool(1), remote, 0, 256, interval_s=3600)
+    stored = asyncio.Queue[int]()
+    put = remote.put
+
+    async def counted(scope: Scope, blocks: Sequence[StoredBlock]) -> int:
+        stored.put_nowait(len(blocks))
+        return await put(scope, blocks)
+
+    remote.put = counted  # type: ignore[method-assign]
+    publisher = asyncio.create_task(prefixes.publish())
+    for number in range(3):
+        prefixes.keep(Scope("v", "t", BLOCK), bytes([number]) * 32, b"x")
+        assert await asyncio.wait_for(stored.get(), WAIT_S) == 1
     publisher.cancel()
 
 
