@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from services.mesh.rundir import RunDirectory
 from services.mesh.state import MeshState
 
 POLL_S = 0.02
+DRAIN_S = 2.0
 
 
 class Clouds:
@@ -134,6 +136,7 @@ def running_clouds(timeout_s: float = 240.0, **environment: str) -> Iterator[Clo
             "AUTOGLM_CLOUDS_DIR": str(directory.root),
             "AUTOGLM_CLOUDS_POLICY": str(policy),
             "AUTOGLM_CLOUDS_FREE_PORTS": "true",
+            "AUTOGLM_DRAIN_GRACE_S": str(DRAIN_S),
             "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "sdk"))),
         }
         | environment,
@@ -147,10 +150,15 @@ def running_clouds(timeout_s: float = 240.0, **environment: str) -> Iterator[Clo
         print(f"logs are kept in {root}", file=sys.stderr)
         raise
     else:
-        start.stop(directory, 2.0, lambda _: None)
-        supervisor.wait()
+        _stop(directory, supervisor)
         shutil.rmtree(root, ignore_errors=True)
     finally:
-        if supervisor.poll() is None:
-            start.stop(directory, 2.0, lambda _: None)
-            supervisor.wait()
+        _stop(directory, supervisor)
+
+
+def _stop(directory: RunDirectory, supervisor: subprocess.Popen[bytes]) -> None:
+    if supervisor.poll() is None:
+        start.stop(directory, 2 * DRAIN_S, lambda _: None)
+        supervisor.wait()
+    if network.is_possible():
+        network.remove(network.network(directory.root))  # there is one left only if it had to be killed

@@ -180,7 +180,7 @@ def test_a_malformed_first_message_is_refused(desk: Desk, data: bytes, mode: int
 
 
 def test_refusals_carry_status_and_reason() -> None:
-    """None allowed: 14/503. All full: 8/429 with the time to come back and google.rpc.Status as any service sends it."""
+    """None allowed: 14/503. All full: 8/429, when to come back, and google.rpc.Status as any service sends it."""
     desk = Desk()
     replica = desk.add("a", 1)
     message = headers(end_of_stream=True)
