@@ -114,8 +114,8 @@ REST: tuple[Rest, ...] = (
     Rest("regex with a hole", 400, "regex", body=text(guided_regex="a[")),
     Rest("schema of no type", 400, "json_schema", body=text(guided_json={"type": "nothing"})),
     Rest("min_tokens above max_tokens", 400, "min_tokens", body=text(min_tokens=9, max_tokens=4)),
-    Rest("unknown path", 404, "", "/v1/nothing", {}),
-    Rest("wrong method", 405, "", method="GET"),
+    Rest("unknown path", 403, "RBAC", "/v1/nothing", {}),
+    Rest("wrong method", 403, "RBAC", method="GET"),
     Rest("path outside the API", 404, "", "/etc/passwd", {}),
     Rest("wrong content type", 415, "", raw=b"model=glm-tiny", headers={"content-type": "text/plain"}),
 )
