@@ -32,6 +32,7 @@ from services.mesh.translate import NodeSettings
 log = logging.getLogger("autoglm.beside")
 
 PROBE_PAUSE_S = 0.03
+LOOPBACK = "127.0.0.1"
 
 
 class BesideSettings(ServiceSettings):
@@ -77,13 +78,15 @@ async def run(settings: BesideSettings) -> int:
     node = NodeSettings(
         run_directory=settings.run_dir.absolute() / "envoy",
         listen_address=settings.bind,
+        upstream_address=settings.bind,
         ingress_port=settings.ingress_port,
         outbound_port=settings.outbound_port,
+        admin_address=LOOPBACK,  # `bind` is for other containers
         admin_port=settings.admin_port,
         otlp_endpoint=settings.otlp_endpoint,
         update_merge_window_s=0.0,
     )
-    admin = Admin("127.0.0.1", settings.admin_port)
+    admin = Admin(LOOPBACK, settings.admin_port)
     control = Control(
         settings.policy_dir,
         node,

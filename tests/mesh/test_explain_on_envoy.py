@@ -128,8 +128,8 @@ def agrees(entry: dict[str, object], status: int, story: Explanation) -> bool:
 async def test_explain_names_what_envoy_chooses(tmp_path: Path, folder: str) -> None:
     """Same listener, same cluster (one of the weighted ones), same answers of Envoy's own, for every request."""
     policy: Policy = load(ROOT / folder)
-    if folder.endswith("everything"):  # its faults would answer before a cluster is chosen
-        policy = _without_faults(policy)
+    if folder.endswith("everything"):  # its faults would answer before a cluster is chosen, its logs leave lines out
+        policy = replace(_without_faults(policy), telemetries=())
     node = node_settings(tmp_path)
     snapshot = translate(policy, registry(), node)
     requests = some_requests(seed=len(folder))

@@ -22,7 +22,7 @@ def bootstrap(node: NodeSettings) -> Json:
             "locality": locality(node.locality),
             "metadata": {"ISTIO_SEMANTICS": ISTIO_VERSION},
         },
-        "admin": {"address": socket_address(node.upstream_address, node.admin_port)},
+        "admin": {"address": socket_address(node.admin_address or node.upstream_address, node.admin_port)},
         "dynamic_resources": {"cds_config": _source(node, "cds"), "lds_config": _source(node, "lds")},
         "static_resources": {"clusters": [_otlp(node.otlp_endpoint)] if node.otlp_endpoint else []},
         "layered_runtime": {

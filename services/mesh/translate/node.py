@@ -59,6 +59,8 @@ class NodeSettings:
     namespace: str = "autoglm"
     upstream_address: str = "127.0.0.1"
     """Where the processes behind the sidecars listen, and where the outbound listeners do."""
+    admin_address: str = ""
+    """Where Envoy's admin page listens; empty: beside the outbound listeners. Whoever reaches it may end Envoy."""
     admin_port: int = 15000
     otlp_endpoint: str = ""
     """`host:port` of an OTLP/gRPC receiver; empty: no spans leave Envoy."""
