@@ -29,7 +29,7 @@ STREAMS, PROMPT, NEW = 8, 256, 32
 READY_S = 2.0
 ALLOWED_BYTES = 150_000_000
 START_LIMIT_S = 300.0
-CASES = (("q05", "int8"), ("q05", "int4"), ("g15", "int8"))
+CASES = (("q05", "int8"), ("q05", "int4"), ("g15", "int8"), ("glm-tiny", "int8"))
 
 
 class Worker:

@@ -71,7 +71,10 @@ def test_an_overlay_gives_what_kubectl_kustomize_gives(cloud: str) -> None:
 def test_an_overlay_differs_from_the_others_in_its_own_files_only(cloud: str) -> None:
     """Every object of the base is there, and beside the door to the other clouds nothing else."""
     base = {(item.kind, item.metadata.name) for item in load(ROOT / "istio" / "base")}
-    assert set(built(ROOT / "istio" / "clouds" / cloud)) == base | {("Gateway", "eastwest"), ("AuthorizationPolicy", "eastwest")}
+    assert set(built(ROOT / "istio" / "clouds" / cloud)) == base | {
+        ("Gateway", "eastwest"),
+        ("AuthorizationPolicy", "eastwest"),
+    }
 
 
 def test_the_base_lists_each_of_its_files() -> None:
