@@ -149,6 +149,8 @@ async def drill(mesh: Mesh, requests: int = 120, rounds: int = 8, tokens: int = 
             assert envoy is not None
             picked = await compare(ways, envoy, requests, rounds, tokens)
             version = mesh.state.policy.version
+            listed = mesh.policy / "kustomization.yaml"
+            listed.write_text(listed.read_text().replace("  - inference-pool.yaml\n", ""))
             (mesh.policy / "inference-pool.yaml").unlink()
             await mesh.until(lambda: mesh.state.policy.version != version, "the policy without a pool is in force")
             alone = await compare(
