@@ -22,8 +22,8 @@ from engine.runtime.loop import Limits
 STREAMS = 8
 PROMPT = 64
 WANTED = 2.0
-SLOWDOWNS = (1.4, 1.7, 2.0)
 DEFAULT = Limits().slowdown
+SLOWDOWNS = (1.3, DEFAULT, 2.0)
 
 
 def measure(executor: NativeExecutor, slowdown: float, quiet_s: float, arrivals: int, long: int) -> dict[str, Any]:
