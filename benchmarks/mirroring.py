@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from scipy.stats import binom
 
 from benchmarks.harness import Bar, report
 from services.mesh import envoy
+from services.mesh import ports as free_ports
 from services.mesh.envoy import Admin
 from services.mesh.policy import load
 from services.mesh.registry import Endpoint, Registry, Service, ServicePort
@@ -134,7 +134,8 @@ async def proxy(ports: dict[str, int], root: Path) -> AsyncIterator[NodeSettings
     policy_files(root / "policy")
     endpoints = tuple(Endpoint("127.0.0.1", port, {"version": name}) for name, port in ports.items())
     service = Service("sparse-inference", "autoglm", (ServicePort("grpc", 50051, "grpc"),), {"grpc": endpoints})
-    outbound, ingress, admin_port = (_free_port() for _ in range(3))
+    supply = free_ports.free("127.0.0.1")
+    outbound, ingress, admin_port = (next(supply) for _ in range(3))
     node = NodeSettings(root / "envoy", outbound_port=outbound, ingress_port=ingress, admin_port=admin_port)
     snapshot = translate(load(root / "policy"), Registry((service,)), node)
     for name, content in snapshot.files().items():
@@ -201,7 +202,7 @@ async def measure(rounds: int, requests: int) -> tuple[list[Bar], dict[str, Any]
     async with AsyncExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ports = {kind: await stack.enter_async_context(upstream(kind)) for kind in ("primary", "slow", "failing")}
-        ports["dead"] = _free_port()
+        ports["dead"] = next(free_ports.free("127.0.0.1"))
         node = await stack.enter_async_context(proxy(ports, root))
         options = [("grpc.default_authority", HOST), ("grpc.enable_retries", 0)]
         calls = await stack.enter_async_context(
@@ -257,12 +258,6 @@ async def _mirrored(ports: dict[str, int], node: NodeSettings) -> Counter[str]:
     counters = await Admin("127.0.0.1", node.admin_port).counters("dead.*upstream_rq_(total|pending_failure_eject)$")
     found["dead"] = counters.get(name.replace("upstream_rq_total", "upstream_rq_pending_failure_eject"), 0)
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

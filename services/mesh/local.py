@@ -64,7 +64,7 @@ class LocalMesh:
         try:
             self.topology = topology.load(settings.topology, settings.replicas, settings.is_own_model)
             self._placeholders = model.placeholders(settings) | {"{run_dir}": str(self.directory.root)}
-            self._supply = ports.free(settings.bind)
+            self._supply = ports.free(settings.bind, ports.promised(settings))
             self.instances = {item.name: item for item in topology.instances(self.topology, self._supply)}
             self._callers = topology.callers(self.topology, self._supply)
             self.identities = self._identities()

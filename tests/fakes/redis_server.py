@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from services.mesh import ports
+
 
 class FakeRedis:
     """`values` is the database. `is_hung` stops all answers; `stop`/`start` make it vanish and return on its port."""
@@ -104,9 +106,7 @@ class RealRedis:
     def __init__(self, directory: str) -> None:
         binary = real_binary()
         assert binary is not None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = next(ports.free("127.0.0.1"))
         self._command = [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._command += ["--dir", directory]
         self._process: subprocess.Popen[bytes] | None = None

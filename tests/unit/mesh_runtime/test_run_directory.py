@@ -14,6 +14,7 @@ from autoglm.cli.spans import Span
 
 from services.mesh import ports
 from services.mesh.demo import Answer
+from services.mesh.local import LocalMesh
 from services.mesh.rundir import AlreadyRunning, RunDirectory, write_atomically
 from services.mesh.settings import MeshSettings
 from services.mesh.sink.store import Bounds, TraceStore
@@ -65,6 +66,17 @@ def test_one_port_for_two_purposes_is_a_conflict() -> None:
     settings = MeshSettings(ingress_port=free, admin_port=free, otlp_port=0)
     (line,) = ports.conflicts(settings)
     assert "AUTOGLM_INGRESS_PORT" in line and "AUTOGLM_ADMIN_PORT" in line
+
+
+def test_no_service_is_given_a_port_that_the_settings_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The door, the trace sink and the other clouds listen later than ports are drawn; theirs are not drawn again."""
+    monkeypatch.setattr(ports.random, "sample", lambda among, _: list(among))  # the first ports come up first
+    supply = ports.free("127.0.0.1")
+    names = ("ingress_port", "admin_port", "otlp_port", "federation_port", "eastwest_port")
+    promised = {name: next(supply) for name in names}
+    mesh = LocalMesh(MeshSettings(run_dir=tmp_path, **promised))
+    drawn = [port for item in mesh.instances.values() for port in item.ports.values()]
+    assert drawn and not {*drawn} & {*promised.values()}
 
 
 def span(trace: int, number: int, text: str = "") -> Span:
