@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.clouds import Clouds, running_clouds
 from benchmarks.harness import MODEL
-from services.mesh.clouds import asking, network, shared_cache, smoke
+from services.mesh.clouds import asking, network, shared_artifacts, shared_cache, smoke
 from services.mesh.clouds.asking import Answer, NoAnswer
 
 CANNOT = "network namespaces need root, ip and nsenter: clouds are NOT tested here"
@@ -61,6 +61,19 @@ def test_every_cloud_gives_the_same_tokens(clouds: Clouds) -> None:
     assert {(answer.token_ids, answer.variant_digest) for answer in answers} == {
         (answers[0].token_ids, answers[0].variant_digest)
     }
+
+
+def test_a_model_pushed_in_one_cloud_is_fetched_in_another(clouds: Clouds, tmp_path: Path) -> None:
+    """By one digest and through the store between the caches; a cloud that has fetched it needs the store no more."""
+    said = smoke.models_by_digest(clouds.state)
+    assert "pushed into aws, fetched from azure" in said
+    digest = shared_artifacts.push(clouds.state, clouds.cloud("gcp"), Path(clouds.mesh("aws").model_dir))
+    store = clouds.directory.root / shared_artifacts.FOLDER
+    away = store.rename(tmp_path / "away")
+    try:
+        assert shared_artifacts.pull(clouds.state, clouds.cloud("azure"), digest, tmp_path / "pulled") > 0
+    finally:
+        away.rename(store)
 
 
 def test_a_prefix_computed_in_one_cloud_is_found_in_another(clouds: Clouds) -> None:

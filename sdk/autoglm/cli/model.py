@@ -1,21 +1,26 @@
-"""`autoglm model push`: a model's files into the cache of a mesh, with bars, and its digest as the last word."""
+"""`autoglm model push` and `pull`: a model's files into the cache of a mesh and out of it, by digest, with bars."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from autoglm.artifacts import ArtifactClient, describe, look
 from autoglm.cli import meshes
 from autoglm.cli import options as opt
 from autoglm.cli.output import Output
 from autoglm.errors import UnavailableError
-from autoglm.push import Publisher, describe, look
+
+CacheAddress: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--cache", help="host:port of a cache service itself. Default: that of the mesh on this machine."),
+]
 
 app = typer.Typer(help="Models by digest.", no_args_is_help=True)
 
@@ -28,10 +33,7 @@ def main() -> None:
 @app.command()
 def push(
     place: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A model's directory, or a .gguf file.")],
-    cache: Annotated[
-        str | None,
-        typer.Option(help="host:port of a cache service itself. Default: that of the mesh on this machine."),
-    ] = None,
+    cache: CacheAddress = None,
     run_dir: opt.RunDirectories = None,
     json: opt.Json = False,
 ) -> None:
@@ -42,19 +44,41 @@ def push(
     for path in local.left_out:
         output.note(f"left out: {path.name}")
     new = 0
-    with _bar(output) as progress, Publisher(address) as publisher:
+    with _bar(output) as progress, ArtifactClient(address) as client:
         hashing = progress.add_task("hashing", total=local.total_bytes)
         made = describe(local.files, lambda count: progress.advance(hashing, count))
         sending = progress.add_task("sending", total=made.total_bytes)
         by_name = {path.name: path for path in local.files}
         for file in made.files:
-            new += publisher.put_file(by_name[file.name], file, lambda count: progress.advance(sending, count))
-        publisher.put_manifest(made)
+            new += client.put_file(by_name[file.name], file, lambda count: progress.advance(sending, count))
+        client.put_manifest(made)
     if json:
         output.record({"digest": made.digest, "files": len(made.files), "new": new, "bytes": made.total_bytes})
     else:
         output.note(f"{len(made.files)} files, {new} of them new, {made.total_bytes / 1e6:.1f} MB")
         output.write(f"{made.digest}\n")
+
+
+@app.command()
+def pull(
+    digest: Annotated[str, typer.Argument(metavar="sha256:…", help="What `push` printed.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", file_okay=False, help="Where the files go.")],
+    cache: CacheAddress = None,
+    run_dir: opt.RunDirectories = None,
+    json: opt.Json = False,
+) -> None:
+    """Take a model's files out of a cache, or of the object store behind it, each proved by its digest."""
+    output = Output(json)
+    with _bar(output) as progress, ArtifactClient(cache or cache_of(run_dir or [])) as client:
+        found = client.get_manifest(digest)
+        directory.mkdir(parents=True, exist_ok=True)
+        fetching = progress.add_task("fetching", total=found.total_bytes)
+        for file in found.files:
+            client.get_file(file, directory, lambda count: progress.advance(fetching, count))
+    if json:
+        output.record({"digest": digest, "files": len(found.files), "bytes": found.total_bytes})
+    else:
+        output.write(f"{directory}\n")
 
 
 def cache_of(directories: Sequence[Path]) -> str:

@@ -1,4 +1,5 @@
-"""Puts a model's files into a mesh's cache, so that workers and tokenizers can fetch them by one digest.
+"""Puts a model's files into a mesh's cache, so that workers and tokenizers can fetch them by one digest; and takes them
+out again.
 
 Talks to the cache's own address: no proxy lets anybody put artifacts. Files that are there already are not sent.
 """
@@ -16,7 +17,7 @@ import grpc
 
 from autoglm import manifest
 from autoglm.cache.v1 import cache_pb2, cache_pb2_grpc
-from autoglm.errors import AutoglmError, InvalidRequestError, UnavailableError
+from autoglm.errors import AutoglmError, InternalError, InvalidRequestError, UnavailableError
 from autoglm.manifest import BadManifest, Manifest, ModelFile
 from autoglm.statuses import error_of
 
@@ -72,8 +73,8 @@ def describe(files: Sequence[Path], progress: Callable[[int], None]) -> Manifest
         raise InvalidRequestError(str(error)) from None
 
 
-class Publisher:
-    """A connection to one cache. `with Publisher(address) as publisher: publisher.put(…)`."""
+class ArtifactClient:
+    """A connection to one cache. `with ArtifactClient(address) as cache: cache.put_file(…)`."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -82,7 +83,7 @@ class Publisher:
         )
         self._stub = cache_pb2_grpc.CacheServiceStub(self._channel)
 
-    def __enter__(self) -> Publisher:
+    def __enter__(self) -> ArtifactClient:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,6 +97,45 @@ class Publisher:
         """Sends the list of files, last: who finds it finds the files. Raises AutoglmError."""
         data = made.encoded()
         return self._put(made.digest, len(data), _cut(data), lambda _: None)
+
+    def get_manifest(self, digest: str) -> Manifest:
+        """The files of a model. Raises AutoglmError."""
+        data = bytearray()
+        for piece in self._get(digest, manifest.MAX_MANIFEST_BYTES):
+            data += piece
+        try:
+            return manifest.parse(bytes(data), digest)
+        except BadManifest as error:
+            raise InvalidRequestError(str(error)) from None
+
+    def get_file(self, file: ModelFile, directory: Path, progress: Callable[[int], None]) -> None:
+        """Fetches a file into a directory, under its name only when it is proved. Raises AutoglmError."""
+        place, hasher = directory / file.name, hashlib.sha256()
+        part = place.with_name(f".{file.name}.part")
+        try:
+            with part.open("wb") as out:
+                for piece in self._get(file.digest, file.size):
+                    out.write(piece)
+                    hasher.update(piece)
+                    progress(len(piece))
+            if f"sha256:{hasher.hexdigest()}" != file.digest:
+                raise InternalError(f"what {self._address} sent of {file.name} is not {file.digest}")
+            part.replace(place)
+        except OSError as error:
+            raise InvalidRequestError(f"{place}: {error.strerror or error}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _get(self, digest: str, limit: int) -> Iterator[bytes]:
+        timeout_s, got = 60 + limit / LEAST_BYTES_PER_S, 0
+        try:
+            for answer in self._stub.GetArtifact(cache_pb2.GetArtifactRequest(digest=digest), timeout=timeout_s):
+                got += len(answer.content)
+                if max(got, answer.total_bytes) > limit:
+                    raise InvalidRequestError(f"{digest} has {answer.total_bytes} bytes, at most {limit} were expected")
+                yield answer.content
+        except grpc.RpcError as error:
+            raise self._failure(error, timeout_s) from None
 
     def _put(self, digest: str, size: int, pieces: Iterator[bytes], progress: Callable[[int], None]) -> bool:
         sent = 0
