@@ -53,6 +53,7 @@ def open_object_store(settings: CacheSettings) -> ObjectStore | None:
         settings.cache_artifact_url,
         settings.cache_artifact_timeout_ms / 1000,
         settings.cache_artifact_connect_ms / 1000,
+        settings.cache_artifact_allow_http,
     )
 
 

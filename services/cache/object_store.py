@@ -47,7 +47,7 @@ class BadUrl(ValueError):
 class ObjectStore:
     """Artifacts by the hexadecimal part of their digest. Failures are `Unavailable`, absence is None."""
 
-    def __init__(self, url: str, timeout_s: float, connect_timeout_s: float, allows_http: bool = False) -> None:
+    def __init__(self, url: str, timeout_s: float, connect_timeout_s: float, allows_http: bool) -> None:
         """Raises `BadUrl`; nothing is asked of the store yet."""
         self._store: Any = _open(
             url, timeout_s, connect_timeout_s, allows_http

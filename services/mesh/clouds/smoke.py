@@ -72,7 +72,7 @@ def models_by_digest(current: CloudsState) -> str:
         except shared_artifacts.NotShared as error:
             raise Flaw(str(error)) from None
         for path in Path(folder).iterdir():
-            if path.read_bytes() != (model / path.name).read_bytes():
+            if path.read_bytes() != (model if model.is_file() else model / path.name).read_bytes():
                 raise Flaw(f"{path.name} came out of {last.name} with other bytes than went into {first.name}")
     took = time.monotonic() - began
     return f"{digest[:19]}…: {size / 1e6:.1f} MB pushed into {first.name}, fetched from {last.name} ({took:.1f} s)"

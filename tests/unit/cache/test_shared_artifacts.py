@@ -252,6 +252,6 @@ def test_a_malformed_url_is_refused_by_the_settings(url: str) -> None:
 def test_a_store_that_cannot_be_opened_is_refused() -> None:
     """What only the library knows is said in one line: Azure needs an account."""
     with pytest.raises(BadUrl, match=r"[Aa]ccount"):
-        ObjectStore("az://container/prefix", 1.0, 1.0)
+        ObjectStore("az://container/prefix", 1.0, 1.0, False)
     with pytest.raises(ValueError, match="AUTOGLM_CACHE_DIRECTORY"):
         CacheSettings(cache_artifact_url="file:///tmp/x", cache_directory="")
