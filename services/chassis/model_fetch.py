@@ -14,15 +14,15 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from autoglm.manifest import MAX_MANIFEST_BYTES, BadManifest, Manifest, ModelFile, hexadecimal, parse
 
-from services.chassis.errors import CorruptData, InvalidRequest, NotFound, ServiceError
+from services.chassis.errors import CorruptData, InvalidRequest, NotFound, OutOfTime, ServiceError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 LOCK_POLL_S = 0.2
@@ -40,7 +40,7 @@ class CannotFetch(Exception):
 class Artifacts(Protocol):
     """Where artifacts come from: the cache service."""
 
-    def artifact(self, digest: str, offset: int) -> AsyncIterator[tuple[bytes, int]]:
+    def artifact(self, digest: str, offset: int) -> AsyncGenerator[tuple[bytes, int], None]:
         """Content from `offset` on in pieces, each with the size of the whole. Raises ServiceError."""
         ...
 
@@ -126,7 +126,7 @@ class _Fetch:
 
         async def receive() -> None:
             data.clear()
-            async for content, total in self._artifacts.artifact(self._digest, 0):
+            async for content, total in self._pieces(self._digest, 0):
                 if total > MAX_MANIFEST_BYTES:
                     raise CannotFetch(f"{self._digest} is {total} bytes of something, not a model's list of files")
                 data.extend(content)
@@ -171,7 +171,7 @@ class _Fetch:
             with path.open("ab") as out:
                 while position < file.size:
                     begun = position
-                    async for content, _ in self._artifacts.artifact(file.digest, position):
+                    async for content, _ in self._pieces(file.digest, position):
                         if position + len(content) > file.size:
                             raise CorruptData(f"{file.digest} is longer than {file.size} bytes")
                         out.write(content)
@@ -185,6 +185,17 @@ class _Fetch:
                 raise CorruptData(f"what came is not {file.digest}")
 
         await self._patiently(f"{file.digest} ({file.name} of {self._digest})", receive)
+
+    async def _pieces(self, digest: str, offset: int) -> AsyncIterator[tuple[bytes, int]]:
+        """What the cache sends; a cache that hangs is as good as none."""
+        async with aclosing(self._artifacts.artifact(digest, offset)) as pieces:
+            while True:
+                try:
+                    yield await asyncio.wait_for(anext(pieces), self._terms.patience_s)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise OutOfTime(f"{digest}: no answer") from None
 
     async def _patiently(self, what: str, receive: Callable[[], Awaitable[None]]) -> None:
         """Tries until it succeeds, or nothing has come for too long. After damage once more: it may have been ours."""
@@ -201,7 +212,7 @@ class _Fetch:
                 if damages > 1:
                     raise CannotFetch(f"the cache cannot give {what}: {error.message}; {PUBLISH}") from None
             except ServiceError as error:
-                if time.monotonic() - self._heard > self._terms.patience_s:
+                if time.monotonic() - self._heard >= self._terms.patience_s:
                     raise CannotFetch(
                         f"{what}: nothing came from the cache for {self._terms.patience_s:g} s ({error.message}); is "
                         f"it up, and may this service call it? AUTOGLM_MODEL_FETCH_PATIENCE_S says how long to wait",

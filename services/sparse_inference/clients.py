@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
@@ -62,7 +62,7 @@ class ArtifactClient:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = cache_pb2_grpc.CacheServiceStub(channel)
 
-    async def artifact(self, digest: str, offset: int) -> AsyncIterator[tuple[bytes, int]]:
+    async def artifact(self, digest: str, offset: int) -> AsyncGenerator[tuple[bytes, int], None]:
         request = cache_pb2.GetArtifactRequest(digest=digest, offset=offset)
         try:
             async for answer in self._stub.GetArtifact(request):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import grpc
 from autoglm.cache.v1 import cache_pb2, cache_pb2_grpc
@@ -16,7 +16,7 @@ class ArtifactClient:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = cache_pb2_grpc.CacheServiceStub(channel)
 
-    async def artifact(self, digest: str, offset: int) -> AsyncIterator[tuple[bytes, int]]:
+    async def artifact(self, digest: str, offset: int) -> AsyncGenerator[tuple[bytes, int], None]:
         request = cache_pb2.GetArtifactRequest(digest=digest, offset=offset)
         try:
             async for answer in self._stub.GetArtifact(request):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import os
 import random
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ class Cache:
         self.stored, self.failures = stored, list(failures)
         self.asked: list[tuple[str, int]] = []
 
-    async def artifact(self, digest: str, offset: int) -> AsyncIterator[tuple[bytes, int]]:
+    async def artifact(self, digest: str, offset: int) -> AsyncGenerator[tuple[bytes, int], None]:
         self.asked.append((digest, offset))
         after, failure = self.failures.pop(0) if self.failures else (0, None)
         data = self.stored.get(digest)
@@ -129,6 +130,19 @@ async def test_an_unreachable_cache_is_given_up_after_the_patience(tmp_path: Pat
     with pytest.raises(CannotFetch, match="AUTOGLM_MODEL_FETCH_PATIENCE_S") as caught:
         await fetch(MADE.digest, tmp_path, cache, Terms(0.3, 1 << 20), Told())
     assert not caught.value.is_final and len(cache.asked) > 1
+
+
+async def test_a_cache_that_hangs_is_given_up_too(tmp_path: Path) -> None:
+    """Nothing comes and nothing fails: after the patience it is as if nobody were there."""
+
+    class Hung(Cache):
+        async def artifact(self, digest: str, offset: int) -> AsyncGenerator[tuple[bytes, int], None]:
+            await asyncio.Event().wait()
+            yield b"", 0
+
+    with pytest.raises(CannotFetch, match="nothing came from the cache") as caught:
+        await fetch(MADE.digest, tmp_path, Hung(STORED), Terms(0.2, 1 << 20), Told())
+    assert not caught.value.is_final
 
 
 async def test_bounds_are_kept(tmp_path: Path) -> None:
