@@ -34,7 +34,7 @@ endif
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-run: $(READY) ## start the mesh, ask it something, show the trace (MODEL=dir-or.gguf MODEL_NAME= PRECISION= THREADS=)
+run: $(READY) ## start the mesh, ask it something, show the trace (MODEL=dir, .gguf or sha256:… MODEL_NAME= PRECISION= THREADS=)
 	@$(MESH) run
 
 smoke: $(READY) ## the same without a terminal: start, check one answer, stop; exits 0 or not
