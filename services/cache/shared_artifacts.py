@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from prometheus_client import Counter
@@ -97,8 +98,9 @@ class SharedArtifacts:
             except (CorruptData, NotFound):
                 if is_begun:
                     raise  # the caller resumes, and then the object store is asked
-        async for piece in self._follow(self._join(self._remote, digest), offset):
-            yield piece
+        async with aclosing(self._follow(self._join(self._remote, digest), offset)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def put(self, digest: str, contents: AsyncIterator[bytes]) -> Stored:
         """Keeps the artifact here, then in the object store. Content of a known digest is not read to its end."""
@@ -183,7 +185,7 @@ class SharedArtifacts:
             download.tell()
         await upload.finish()
 
-    async def _follow(self, download: _Download, offset: int) -> AsyncIterator[Piece]:
+    async def _follow(self, download: _Download, offset: int) -> AsyncGenerator[Piece, None]:
         position = offset
         try:
             while True:
