@@ -44,7 +44,7 @@ async def main(settings: Settings) -> None:
     workers = Workers(worker_channel, settings.peer_timeout_s, settings.generate_retries)
     gateway = Gateway(
         settings=settings,
-        tokenizer=Tokenizer(tokenizer_channel, settings.peer_timeout_s, settings.token_bytes_cache),
+        tokenizer=Tokenizer(tokenizer_channel, settings.peer_timeout_s, settings.vocabularies),
         workers=workers,
         catalogue=Catalogue(workers.describe, settings.model_info_ttl_s, time.time, time.monotonic),
         admission=Admission(settings.max_in_flight, settings.retry_after_s),
