@@ -45,7 +45,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
         # Headers once the request has its place: whoever stands in between is done with them before a token comes.
-        # Not before that: a refusal without headers is what Envoy may retry elsewhere.
+        # Not before that: until then the answer may be a refusal, which is a single frame.
         async with contextlib.aclosing(self.generate(request, context, context.send_initial_metadata)) as answers:
             async for answer in answers:
                 yield answer
