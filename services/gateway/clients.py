@@ -40,6 +40,7 @@ log = logging.getLogger("autoglm.gateway.clients")
 
 T = TypeVar("T")
 
+ASKED = "x-autoglm-asked-bin"
 MAX_TOKENS = 2_000_000
 """Largest vocabulary held."""
 
@@ -108,9 +109,9 @@ class Tokenizer:
 class Workers:
     """The inference workers behind the mesh's one name for them."""
 
-    def __init__(self, channel: grpc.aio.Channel, timeout_s: float, retries: int) -> None:
+    def __init__(self, channel: grpc.aio.Channel, timeout_s: float, retries: int, header_bytes: int) -> None:
         self._stub: worker_rpc.SparseInferenceServiceAsyncStub = worker_rpc.SparseInferenceServiceStub(channel)
-        self._timeout_s, self._retries = timeout_s, retries
+        self._timeout_s, self._retries, self._header_bytes = timeout_s, retries, header_bytes
 
     async def describe(self, timeout_s: float | None = None) -> Model:
         """The model, as the worker that the mesh picks describes it."""
@@ -139,7 +140,7 @@ class Workers:
                 telemetry.fallback("generate_retried", request_id=work.request_id, cause=type(broken.error).__name__)
 
     async def _attempt(self, work: Work) -> AsyncGenerator[Part, None]:
-        call = self._stub.Generate(_to_wire(work))
+        call = self._stub.Generate(_to_wire(work), metadata=self._asked(work))
         digest, position = "", None
         try:
             async for message in call:
@@ -165,6 +166,19 @@ class Workers:
             raise _Broken(_failure(error, "worker"), _is_retryable(error)) from error
         finally:
             call.cancel()
+
+    def _asked(self, work: Work) -> tuple[tuple[str, bytes], ...]:
+        """The header that says to the mesh's picker what it would else read in the body; none for a long prompt."""
+        asked = worker_pb.GenerateRequest(
+            request_id=work.request_id,
+            model=work.model,
+            token_ids=work.token_ids,
+            max_tokens=work.max_tokens,
+            tenant=work.tenant,
+        )
+        if asked.ByteSize() > self._header_bytes:
+            return ()
+        return ((ASKED, asked.SerializeToString()),)
 
 
 @dataclass

@@ -22,6 +22,9 @@ class Settings(ServiceSettings):
     peer_timeout_s: float = Field(10.0, gt=0, le=600, description="longest wait for one unary call to a peer")
     health_timeout_s: float = Field(2.0, gt=0, le=60, description="longest wait for a peer when asked for health")
     model_info_ttl_s: float = Field(3.0, ge=0, le=3600, description="how long what a worker said of its model is used")
+    asked_header_bytes: int = Field(
+        4096, ge=0, le=16_384, description="a prompt of so many bytes is told to the picker in a header; 0: never"
+    )
     generate_retries: int = Field(1, ge=0, le=3, description="new attempts when a worker fails before its first token")
 
     token_budgets: Path | None = Field(None, description="TOML file of tokens per minute by tenant; unset: no limits")
