@@ -2,16 +2,24 @@
 
     with FakeS3() as server: running("services.cache", AUTOGLM_CACHE_ARTIFACT_URL=server.url, **server.environment)
 
-The client is the real one. Objects are whole or not there, as in S3; signatures are not looked at.
+The client is the real one. Objects are whole or not there, as in S3; signatures are not looked at. It stands beside
+`moto`, an implementation that others wrote, which runs the same tests where it is installed.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import parse_qs, urlsplit
+
+from services.mesh import ports
 
 BUCKET = "models"
 
@@ -39,13 +47,7 @@ class FakeS3:
     @property
     def environment(self) -> dict[str, str]:
         """What makes a client of S3 call this server."""
-        return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.server_address[1]}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "NO_PROXY": "127.0.0.1",
-        }
+        return _environment(self._server.server_address[1])
 
     def path_of(self, digest: str) -> str:
         """Where an artifact lies in the bucket."""
@@ -79,6 +81,40 @@ class FakeS3:
         self._woken.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextmanager
+def moto(binary: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """A server that others wrote (`pip install 'moto[s3]' flask flask-cors`): its URL and a client's environment."""
+    port = next(ports.free("127.0.0.1"))
+    process = subprocess.Popen(
+        [binary, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        make = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(make, timeout=5).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"{binary} does not listen") from None
+                time.sleep(0.05)
+        yield f"s3://{BUCKET}/shared", _environment(port)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _environment(port: int) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
 def _handler(fake: FakeS3) -> type[BaseHTTPRequestHandler]:

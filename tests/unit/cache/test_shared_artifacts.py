@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import random
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from services.cache.settings import CacheSettings
 from services.cache.shared_artifacts import SharedArtifacts, Stored
 from services.chassis.errors import CorruptData, InvalidRequest, NotFound, Unavailable
 from services.chassis.offload import Offload
+from tests.fakes import s3_server
 from tests.fakes.s3_server import FakeS3
 
 TIMEOUT_S = 5.0
@@ -41,9 +43,25 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
         yield server
 
 
-@pytest.fixture(params=["file", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return (tmp_path / "bucket").as_uri() if request.param == "file" else request.getfixturevalue("s3").url
+@pytest.fixture(scope="module")
+def moto() -> Iterator[tuple[str, dict[str, str]]]:
+    binary = shutil.which("moto_server")
+    if binary is None:
+        pytest.skip("moto_server is not installed (pip install 'moto[s3]' flask flask-cors): only our own S3 is asked")
+    with s3_server.moto(binary) as made:
+        yield made
+
+
+@pytest.fixture(params=["file", "s3", "moto"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "file":
+        return (tmp_path / "bucket").as_uri()
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3").url)
+    found, environment = request.getfixturevalue("moto")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return str(found)
 
 
 async def cache(
@@ -103,7 +121,7 @@ async def test_an_absent_digest_is_not_found(tmp_path: Path, offload: Offload, u
     artifacts = await cache(tmp_path / "one", url, offload)
     for _ in range(5):
         with pytest.raises(NotFound, match="object store"):
-            await get(artifacts, content(1, 1)[0])
+            await get(artifacts, content(99, 10)[0])
 
 
 async def test_many_who_want_one_digest_cause_one_download(tmp_path: Path, offload: Offload, s3: FakeS3) -> None:
@@ -152,9 +170,9 @@ async def test_a_store_that_breaks_off_leaves_nothing_and_the_next_call_works(
 
 async def test_a_hung_store_costs_one_timeout_and_then_nothing(tmp_path: Path, offload: Offload, s3: FakeS3) -> None:
     """Typed errors, a breaker that opens, and local artifacts served all the while."""
-    artifacts = await cache(tmp_path / "one", s3.url, offload, timeout_s=0.3)
     kept, data = content(5, 1000)
-    await artifacts.put(kept, pieces(data))
+    await (await cache(tmp_path / "one", s3.url, offload)).put(kept, pieces(data))
+    artifacts = await cache(tmp_path / "one", s3.url, offload, timeout_s=0.3)
     s3.hang()
     for _ in range(3):
         with pytest.raises(Unavailable, match=r"no answer within 0\.3 s"):
