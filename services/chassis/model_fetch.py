@@ -127,7 +127,7 @@ class _Fetch:
         async def receive() -> None:
             data.clear()
             async for content, total in self._pieces(self._digest, 0):
-                if total > MAX_MANIFEST_BYTES:
+                if max(total, len(data) + len(content)) > MAX_MANIFEST_BYTES:
                     raise CannotFetch(f"{self._digest} is {total} bytes of something, not a model's list of files")
                 data.extend(content)
 
@@ -136,7 +136,7 @@ class _Fetch:
             found = parse(bytes(data), self._digest)
         except BadManifest as error:
             raise CannotFetch(f"{error}; {PUBLISH}") from None
-        fresh = kept.with_suffix(".new")
+        fresh = self._home / f"{self._place.name}.new"  # who wants other files of it has another lock
         fresh.write_bytes(data)
         fresh.replace(kept)
         return found

@@ -195,6 +195,16 @@ async def test_a_part_of_a_model_has_a_directory_of_its_own(tmp_path: Path) -> N
     assert "model.safetensors" in content(whole)
 
 
+async def test_who_wants_all_and_who_wants_a_part_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Worker and tokenizer of one machine start at the same moment, with one directory."""
+    text = Terms(5.0, 1 << 20, lambda name: not name.endswith(".safetensors"), ".text")
+    places = await asyncio.gather(
+        *(fetch(MADE.digest, tmp_path, Cache(STORED), terms, Told()) for terms in (TERMS, text))
+    )
+    assert [len(content(place)) for place in places] == [3, 2]
+    assert not list((tmp_path / "models").glob("*.new"))
+
+
 async def test_a_model_of_one_file_is_that_file(tmp_path: Path) -> None:
     """A .gguf alone is named by its path, as everybody names it."""
     made, stored = model(tiny__gguf=b"GGUF")
