@@ -145,7 +145,7 @@ class Peers:
         self.calls: list[WorkerCall] = []
         self.called: asyncio.Queue[WorkerCall] = asyncio.Queue()
         self.tokenizer_digest = TOKENIZER
-        self.encoded = 0
+        self.encoded = self.decoded = 0
         self.decodes_before_failure: int | None = None
 
     async def call(self) -> WorkerCall:
@@ -213,6 +213,7 @@ class _Tokenizer(tokenizer_rpc.TokenizerServiceServicer):
         self.peers.no_decode_streams.clear()
         context.add_done_callback(lambda _: self._left())
         async for request in requests:
+            self.peers.decoded += 1
             if self.peers.decodes_before_failure is not None:
                 self.peers.decodes_before_failure -= 1
                 if self.peers.decodes_before_failure < 0:

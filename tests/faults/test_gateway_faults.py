@@ -14,6 +14,7 @@ import openai
 import pytest
 import pytest_asyncio
 from autoglm.gateway.v1 import gateway_pb2 as pb
+from autoglm.gateway.v1 import gateway_pb2_grpc
 
 from services.chassis.errors import Unavailable
 from services.gateway.clients import Tokenizer
@@ -206,11 +207,20 @@ async def test_a_grpc_client_that_cancels_frees_the_worker(gateway: GatewayUnder
 
 async def test_a_client_that_does_not_read_holds_the_worker_back(gateway: GatewayUnderTest, peers: Peers) -> None:
     """A full pipe stops the worker instead of filling the gateway's memory, and the client's end frees it."""
-    peers.scripts = [floods()]
-    async with gateway.stub() as stub:
-        stream = stub.Generate(pb.GenerateRequest(model=MODEL, text="hi"))
+    peers.scripts = [floods(), says("")]
+    # On a connection of its own: over one that is full, the requests of others would wait as well.
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    async with grpc.aio.insecure_channel(gateway.service.address, options=options) as channel:
+        stream = gateway_pb2_grpc.GatewayServiceStub(channel).Generate(pb.GenerateRequest(model=MODEL, text="hi"))
         await anext(aiter(stream))
-        call = await peers.call()
+        call, taken = await peers.call(), -1
+        async with asyncio.timeout(20):
+            while (
+                taken != peers.decoded
+            ):  # until nothing is taken from the worker during three whole requests of others
+                taken = peers.decoded
+                assert [await ask(gateway) for _ in range(3)] == [("", None)] * 3
+        assert not call.ended.is_set()
         stream.cancel()
         await asyncio.wait_for(call.ended.wait(), 20)
     await is_idle(gateway, peers)
