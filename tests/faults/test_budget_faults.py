@@ -153,7 +153,7 @@ async def test_a_worker_that_dies_or_a_deadline_settles(
 ) -> None:
     """However a begun stream ends, what came is used and the rest goes back."""
     peers.scripts = [script]
-    text, (code, _) = await ask(gateway, tenant, timeout=1 if tenant == "late" else 20)
+    text, (code, _) = await ask(gateway, tenant, timeout=3 if tenant == "late" else 20)
     assert text == "abc" and code is not grpc.StatusCode.OK
     assert await settled(gateway, tenant) == 3 + 3
 
@@ -277,7 +277,7 @@ async def _played(shared: Shared, name: str, budget: Budget, dice: random.Random
 
 async def test_a_store_that_dies_or_hangs_is_told_and_bounded(redis: RealRedis) -> None:
     """Without the store a gateway goes on from where it saw the bucket; back and empty, it gives nothing twice."""
-    shared = Shared(redis.url, 0.25, 4, Local(100), 1.0)
+    shared = Shared(redis.url, 1.0, 4, Local(100), 1.0)
     told, off = (FALLBACKS.labels(kind=kind)._value for kind in ("budget_store", "budget_store_off"))
     first = await shared.take("stranded", SLOW, 70)
     assert first.is_granted and first.is_shared

@@ -230,7 +230,7 @@ async def test_a_client_that_does_not_read_is_cut_at_its_deadline(gateway: Gatew
     """Not reading keeps no worker past the deadline."""
     peers.scripts = [floods()]
     async with gateway.stub() as stub:
-        stream = stub.Generate(pb.GenerateRequest(model=MODEL, text="hi"), timeout=1)
+        stream = stub.Generate(pb.GenerateRequest(model=MODEL, text="hi"), timeout=3)
         await anext(aiter(stream))
         call = await peers.call()
         await asyncio.wait_for(call.ended.wait(), 20)
@@ -241,10 +241,10 @@ async def test_a_client_that_does_not_read_is_cut_at_its_deadline(gateway: Gatew
 async def test_the_deadline_ends_everything(gateway: GatewayUnderTest, peers: Peers) -> None:
     """A worker that hangs is left at the caller's deadline, which it knew."""
     peers.scripts = [hangs("Hello")]
-    _, error = await ask(gateway, timeout=1)
+    _, error = await ask(gateway, timeout=3)
     assert error is not None and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     call = await peers.call()
-    assert call.remaining_s is not None and call.remaining_s < 1.1  # gRPC rounds up on the wire
+    assert call.remaining_s is not None and call.remaining_s < 3.1  # gRPC rounds up on the wire
     await asyncio.wait_for(call.ended.wait(), 20)
     await is_idle(gateway, peers)
 
@@ -337,7 +337,7 @@ async def test_a_broken_decoder_leaves_no_task_behind(peers: Peers) -> None:
                 await decoder.decode([[104]])
             senders = [task for task in asyncio.all_tasks() if "_consume_request_iterator" in repr(task)]
         assert senders
-        _, waiting = await asyncio.wait(senders, timeout=5)
+        _, waiting = await asyncio.wait(senders, timeout=20)
     assert not waiting
 
 

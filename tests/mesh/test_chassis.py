@@ -166,4 +166,4 @@ async def test_a_drain_finishes_running_calls(member: tuple[Member, Servicer]) -
         os.kill(os.getpid(), signal.SIGTERM)
         servicer.release.set()
         assert (await call).token_ids
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, 20)
