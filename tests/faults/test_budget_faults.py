@@ -24,7 +24,7 @@ from services.gateway.budgets.redis_ledger import PREFIX, Shared
 from services.gateway.tenancy import TENANT_HEADER
 from tests.fakes import redis_server
 from tests.fakes.gateway_peers import MODEL, Peers, breaks, ends_silently, hangs, says
-from tests.fakes.gateway_process import GatewayUnderTest, gateway_over, listening_peers
+from tests.fakes.gateway_process import GatewayUnderTest, budget_book, gateway_over, listening_peers
 from tests.fakes.redis_server import RealRedis
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -59,9 +59,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRedis]:
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("budgets") / "budgets.toml"
-    path.write_text(BOOK)
-    return path
+    return budget_book(tmp_path_factory, BOOK)
 
 
 @pytest.fixture(scope="module")
