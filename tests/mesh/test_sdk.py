@@ -406,10 +406,13 @@ async def test_calls_in_parallel_do_not_mix(client: Any, gateway: FakeGateway) -
     assert [answer.text for answer in answers] == [f"word{number} x" for number in range(16)]
 
 
-async def test_the_answer_of_an_endless_server_is_bounded(gateway: FakeGateway) -> None:
+@pytest.mark.parametrize("kind", [Threaded, Awaited], ids=["sync", "async"])
+async def test_the_answer_of_an_endless_server_is_bounded(gateway: FakeGateway, kind: Any) -> None:
     """Memory has a limit; passing it cancels the call."""
     gateway.script(*[delta("x" * 1000)] * 50, forever())
-    async with AsyncClient(gateway.target, max_answer_bytes=20_000) as client:
-        with pytest.raises(InterruptedStreamError, match="max_answer_bytes"):
-            await client.generate("x")
-        await gateway.cancelled.wait()
+    client = kind(gateway.target, max_answer_bytes=20_000)
+    with pytest.raises(InterruptedStreamError, match="max_answer_bytes") as caught:
+        await client.generate("x")
+    await gateway.cancelled.wait()
+    assert 0 < len(caught.value.partial_text) <= 20_000
+    await client.close()
