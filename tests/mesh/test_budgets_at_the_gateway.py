@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.tenancy import TENANT_HEADER
 from tests.fakes.gateway_peers import MODEL, Peers, breaks, says
-from tests.fakes.gateway_process import GatewayUnderTest, gateway_over, listening_peers
+from tests.fakes.gateway_process import GatewayUnderTest, budget_book, gateway_over, listening_peers
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -39,9 +39,7 @@ async def server() -> AsyncIterator[Peers]:
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("budgets") / "budgets.toml"
-    path.write_text(BOOK)
-    return path
+    return budget_book(tmp_path_factory, BOOK)
 
 
 @pytest.fixture(scope="module")
