@@ -146,6 +146,7 @@ def token(
     tenant: str = typer.Option(..., help="Whose requests they will be."),
     audience: str = typer.Option("autoglm", help="For whom the token is."),
     minutes: float = typer.Option(60, min=0.1, max=60 * 24 * 30, help="How long it is good."),
+    region: str = typer.Option("", help="Where the tenant's data must stay (istio/clouds); empty: nothing is said."),
 ) -> None:
     """Print a token for a mesh under istio/components/jwt: curl -H "authorization: Bearer $(… token --tenant me)"."""
     from services.mesh.identity import Unusable
@@ -158,7 +159,7 @@ def token(
         issuer = Issuer.open(settings.issuer_dir or directory.issuer)
     except Unusable as error:
         _fail(str(error))
-    print(issuer.token(tenant, audience, timedelta(minutes=minutes), datetime.now(UTC)))
+    print(issuer.token(tenant, audience, timedelta(minutes=minutes), datetime.now(UTC), region))
 
 
 @app.command()
