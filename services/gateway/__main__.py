@@ -46,10 +46,10 @@ async def main(settings: Settings) -> None:
         print(f"AUTOGLM_BUDGET_STORE_URL: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     tokenizer_channel, worker_channel = connect(settings, "tokenizer"), connect(settings, "sparse-inference")
-    workers = Workers(worker_channel, settings.peer_timeout_s, settings.generate_retries)
+    workers = Workers(worker_channel, settings.peer_timeout_s, settings.generate_retries, settings.asked_header_bytes)
     gateway = Gateway(
         settings=settings,
-        tokenizer=Tokenizer(tokenizer_channel, settings.peer_timeout_s, settings.token_bytes_cache),
+        tokenizer=Tokenizer(tokenizer_channel, settings.peer_timeout_s, settings.vocabularies),
         workers=workers,
         catalogue=Catalogue(workers.describe, settings.model_info_ttl_s, time.time, time.monotonic),
         admission=Admission(settings.max_in_flight, settings.retry_after_s),

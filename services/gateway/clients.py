@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import grpc
 from autoglm.sparse_inference.v1 import sparse_inference_pb2 as worker_pb
@@ -21,6 +21,7 @@ from autoglm.tokenizer.v1 import tokenizer_pb2_grpc as tokenizer_rpc
 from autoglm.type.v1 import generation_pb2 as type_pb
 
 from services.chassis import telemetry
+from services.chassis.decoding import Spelling
 from services.chassis.errors import (
     Internal,
     Interrupted,
@@ -31,17 +32,17 @@ from services.chassis.errors import (
     from_rpc,
 )
 from services.gateway.events import Reason
-from services.gateway.models import Model
+from services.gateway.models import Model, check_tokenizer
 from services.gateway.requests import Message, Sampling
-from services.gateway.work import Decoded, Encoded, End, Part, Scored, Tokens, Work
+from services.gateway.work import Encoded, End, Part, Scored, Tokens, Work
 
 log = logging.getLogger("autoglm.gateway.clients")
 
 T = TypeVar("T")
-_Outgoing: TypeAlias = "asyncio.Queue[tokenizer_pb.DecodeStreamRequest | None]"
 
-GROUPS_PER_ROUND = 64
-"""Groups written to a decoder before its answers are read: few enough that neither side's window can fill up."""
+ASKED = "x-autoglm-asked-bin"
+MAX_TOKENS = 2_000_000
+"""Largest vocabulary held."""
 
 _RETRYABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED}
 _RETRYABLE_FROM_PROXY = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
@@ -49,12 +50,13 @@ _REASONS: dict[int, Reason] = {type_pb.FINISH_REASON_STOP: "stop", type_pb.FINIS
 
 
 class Tokenizer:
-    """Text to ids and back. Remembers the bytes of at most `remembered` tokens, for log-probability alternatives."""
+    """Text to ids, and the spelling that turns ids back into text here; the `remembered` last used ones are kept."""
 
     def __init__(self, channel: grpc.aio.Channel, timeout_s: float, remembered: int) -> None:
         self._stub: tokenizer_rpc.TokenizerServiceAsyncStub = tokenizer_rpc.TokenizerServiceStub(channel)
         self._timeout_s, self._remembered = timeout_s, remembered
-        self._bytes: dict[tuple[str, int], bytes] = {}
+        self._spellings: dict[str, Spelling] = {}
+        self._asking = asyncio.Lock()
 
     async def encode(self, model: str, text: str, parse_special_tokens: bool) -> Encoded:
         request = tokenizer_pb.EncodeRequest(model=model, text=text, add_special_tokens=True)
@@ -68,87 +70,48 @@ class Tokenizer:
         answer = await _answer(self._stub.RenderChat(request, timeout=self._timeout_s), "tokenizer")
         return Encoded(tuple(answer.token_ids), answer.tokenizer_digest)
 
-    async def token_bytes(self, model: str, tokenizer_digest: str, token_ids: Sequence[int]) -> dict[int, bytes]:
-        """The bytes of each of `token_ids`."""
-        wanted = dict.fromkeys(token_ids)
-        known = {i: self._bytes[tokenizer_digest, i] for i in wanted if (tokenizer_digest, i) in self._bytes}
-        if missing := [token_id for token_id in wanted if token_id not in known]:
-            request = tokenizer_pb.DecodeRequest(model=model, token_ids=missing)
-            request.keep_special_tokens = request.with_token_bytes = True
-            answer = await _answer(self._stub.Decode(request, timeout=self._timeout_s), "tokenizer")
-            for token_id, content in zip(missing, answer.token_bytes, strict=True):
-                known[token_id] = self._bytes[tokenizer_digest, token_id] = content
-            while len(self._bytes) > self._remembered:
-                del self._bytes[next(iter(self._bytes))]
-        return known
+    async def spelling(self, model: Model) -> Spelling:
+        """The bytes behind the model's tokens: asked for once per tokenizer digest. Raises WrongVariant for another."""
+        if (found := self._spellings.get(model.tokenizer_digest)) is None:
+            async with self._asking:
+                found = self._spellings.get(model.tokenizer_digest)
+                if found is None:
+                    found = await self._fetch(model)
+        self._spellings.pop(found.digest, None)
+        self._spellings[found.digest] = found  # the last used comes last
+        while len(self._spellings) > self._remembered:
+            del self._spellings[next(iter(self._spellings))]
+        return found
 
     async def ping(self, timeout_s: float) -> None:
         """Returns if a tokenizer answers in time."""
         await _answer(self._stub.ListTokenizers(tokenizer_pb.ListTokenizersRequest(), timeout=timeout_s), "tokenizer")
 
-    @asynccontextmanager
-    async def decoder(self, model: str) -> AsyncIterator[Decoder]:
-        """A stream that turns one choice's ids into text; cancelled when the block is left."""
-        outgoing: _Outgoing = asyncio.Queue()
-
-        async def requests() -> AsyncIterator[tokenizer_pb.DecodeStreamRequest]:
-            while (request := await outgoing.get()) is not None:
-                yield request
-
-        call = self._stub.DecodeStream(requests())
+    async def _fetch(self, model: Model) -> Spelling:
+        pieces: list[bytes | None] = []
+        special_ids: set[int] = set()
+        drops_space = False
+        request = tokenizer_pb.GetVocabularyRequest(model=model.name)
         try:
-            yield Decoder(model, outgoing, aiter(call))
-        finally:
-            call.cancel()
-            outgoing.put_nowait(None)  # else `requests` waits for ever, and asyncio complains when it is collected
-
-
-class Decoder:
-    """One decoding stream. The queue needs no bound of its own: a round writes at most GROUPS_PER_ROUND, then reads."""
-
-    def __init__(
-        self, model: str, outgoing: _Outgoing, answers: AsyncIterator[tokenizer_pb.DecodeStreamResponse]
-    ) -> None:
-        self._model, self._outgoing, self._answers = model, outgoing, answers
-        self._is_open, self._decoded = False, 0
-
-    async def decode(self, groups: Sequence[Sequence[int]]) -> list[Decoded]:
-        """For each group of ids the text it made certain, in order."""
-        decoded: list[Decoded] = []
-        for start in range(0, len(groups), GROUPS_PER_ROUND):
-            some = groups[start : start + GROUPS_PER_ROUND]
-            for group in some:
-                request = tokenizer_pb.DecodeStreamRequest(token_ids=group)
-                if not self._is_open:
-                    self._is_open, request.model, request.with_token_bytes = True, self._model, True
-                self._outgoing.put_nowait(request)
-            decoded.extend([await self._answer() for _ in some])
-        return decoded
-
-    async def finish(self) -> str:
-        """The text that was held back because its last character was incomplete. The last call."""
-        if not self._is_open:
-            return ""
-        self._outgoing.put_nowait(None)
-        return (await self._answer()).text
-
-    async def _answer(self) -> Decoded:
-        try:
-            answer = await anext(self._answers)
-        except StopAsyncIteration:
-            raise _interrupted(Unavailable("the tokenizer ended its stream early"), self._decoded) from None
+            async for part in self._stub.GetVocabulary(request, timeout=self._timeout_s):
+                check_tokenizer(model, part.tokenizer_digest)
+                absent, first = frozenset(part.absent_ids), len(pieces)
+                pieces += (None if i in absent else piece for i, piece in enumerate(part.token_bytes, first))
+                special_ids.update(part.special_ids)
+                drops_space = part.drops_leading_space
+                if len(pieces) > MAX_TOKENS:
+                    raise Internal(f"the tokenizer tells of more than {MAX_TOKENS} tokens")
         except grpc.aio.AioRpcError as error:
-            raise _interrupted(_failure(error, "tokenizer"), self._decoded) from error
-        self._decoded += len(answer.token_bytes)
-        return Decoded(answer.text, tuple(answer.token_bytes))
+            raise _failure(error, "tokenizer") from error
+        return Spelling(model.tokenizer_digest, pieces, frozenset(special_ids), drops_space)
 
 
 class Workers:
     """The inference workers behind the mesh's one name for them."""
 
-    def __init__(self, channel: grpc.aio.Channel, timeout_s: float, retries: int) -> None:
+    def __init__(self, channel: grpc.aio.Channel, timeout_s: float, retries: int, header_bytes: int) -> None:
         self._stub: worker_rpc.SparseInferenceServiceAsyncStub = worker_rpc.SparseInferenceServiceStub(channel)
-        self._timeout_s, self._retries = timeout_s, retries
+        self._timeout_s, self._retries, self._header_bytes = timeout_s, retries, header_bytes
 
     async def describe(self, timeout_s: float | None = None) -> Model:
         """The model, as the worker that the mesh picks describes it."""
@@ -177,7 +140,7 @@ class Workers:
                 telemetry.fallback("generate_retried", request_id=work.request_id, cause=type(broken.error).__name__)
 
     async def _attempt(self, work: Work) -> AsyncGenerator[Part, None]:
-        call = self._stub.Generate(_to_wire(work))
+        call = self._stub.Generate(_to_wire(work), metadata=self._asked(work))
         digest, position = "", None
         try:
             async for message in call:
@@ -203,6 +166,19 @@ class Workers:
             raise _Broken(_failure(error, "worker"), _is_retryable(error)) from error
         finally:
             call.cancel()
+
+    def _asked(self, work: Work) -> tuple[tuple[str, bytes], ...]:
+        """The header that says to the mesh's picker what it would else read in the body; none for a long prompt."""
+        asked = worker_pb.GenerateRequest(
+            request_id=work.request_id,
+            model=work.model,
+            token_ids=work.token_ids,
+            max_tokens=work.max_tokens,
+            tenant=work.tenant,
+        )
+        if asked.ByteSize() > self._header_bytes:
+            return ()
+        return ((ASKED, asked.SerializeToString()),)
 
 
 @dataclass

@@ -17,19 +17,20 @@ from typing import Self, assert_never
 from opentelemetry import trace
 
 from services.chassis import deadlines
-from services.chassis.errors import InvalidRequest, OutOfTime, WrongVariant
+from services.chassis.decoding import Spelling, TextDecoder, unknown_id
+from services.chassis.errors import Internal, InvalidRequest, OutOfTime
 from services.gateway.budgets.bucket import Standing
 from services.gateway.budgets.reservations import Budgets, Reservation
 from services.gateway.clients import Tokenizer, Workers
 from services.gateway.events import Alternative, Delta, Event, Finished, TokenText, Usage
 from services.gateway.limits import Admission, check, prompt_field, tokens_to_generate
 from services.gateway.metering import Meter
-from services.gateway.models import Catalogue, Model
+from services.gateway.models import Catalogue, Model, check_tokenizer
 from services.gateway.observation import Observation
 from services.gateway.requests import Chat, Ids, Prompt, Request, Text
 from services.gateway.settings import Settings
 from services.gateway.stops import Transcript
-from services.gateway.work import Decoded, Encoded, End, Tokens, Work
+from services.gateway.work import Encoded, End, Tokens, Work
 
 _TRACER = trace.get_tracer("autoglm.gateway")  # a proxy until telemetry starts
 
@@ -62,12 +63,7 @@ class Gateway:
                 return Encoded(token_ids, model.tokenizer_digest)
             case _:
                 assert_never(prompt)
-        if encoded.tokenizer_digest != model.tokenizer_digest:
-            raise WrongVariant(
-                "the tokenizer is not the one this model was made with",
-                expected=model.tokenizer_digest,
-                seen=encoded.tokenizer_digest,
-            )
+        check_tokenizer(model, encoded.tokenizer_digest)
         return encoded
 
 
@@ -164,6 +160,7 @@ class Generation:
         self._seen.is_for(model.name, seed)
         with _TRACER.start_as_current_span("tokenize"):
             prompts = [(await gateway.encode(model, prompt)).token_ids for prompt in request.prompts]
+            spelling = await gateway.tokenizer.spelling(model)
         if not all(prompts):
             raise InvalidRequest("the prompt is empty", field=prompt_field(request))
         wanted = [tokens_to_generate(request, len(ids), model, gateway.settings.default_max_tokens) for ids in prompts]
@@ -175,7 +172,7 @@ class Generation:
             choices = [
                 group.create_task(
                     self._choose(
-                        model,
+                        spelling,
                         number * request.choices + index,
                         Work(
                             request_id=f"{self._request_id}-{number * request.choices + index}",
@@ -206,33 +203,29 @@ class Generation:
         self._settle(has_left=False)  # a caller who has seen the counts finds them in the budget
         await self._tell(Usage(ends[0].variant_digest, sum(lengths), sum(cached), total))
 
-    async def _choose(self, model: Model, choice: int, work: Work) -> End:
+    async def _choose(self, spelling: Spelling, choice: int, work: Work) -> End:
         """One choice from its worker stream to its Finished event."""
-        transcript = Transcript(self._request.stop)
+        transcript, decoder = Transcript(self._request.stop), TextDecoder(spelling, keep_special=False)
         token_by_token = bool(self._request.stop) or self._request.logprobs
         received = 0
         self._meter.asked(choice)
         with _TRACER.start_as_current_span("stream", attributes={"autoglm.choice": choice}) as span:
-            async with (
-                self._gateway.tokenizer.decoder(model.name) as decoder,
-                aclosing(self._gateway.workers.generate(work)) as parts,
-            ):
+            async with aclosing(self._gateway.workers.generate(work)) as parts:
                 async for part in parts:
                     digest = part.variant_digest
                     shown: list[tuple[str, tuple[TokenText, ...]]] = []
                     if isinstance(part, Tokens):
                         self._meter.received(choice, received + len(part.token_ids))
                         groups = [(token_id,) for token_id in part.token_ids] if token_by_token else [part.token_ids]
-                        decoded = await decoder.decode(groups)
-                        tokens = await self._tokens(model, part, decoded)
-                        for group, piece in zip(groups, decoded, strict=True):
+                        tokens = self._tokens(spelling, part)
+                        for group in groups:
                             behind, tokens = tokens[: len(group)], tokens[len(group) :]
-                            shown.append(transcript.add(piece.text, behind))
+                            shown.append(transcript.add(decoder.push(group), behind))
                             received += len(group)
                             if transcript.matched is not None:
                                 break
                     else:
-                        shown = [transcript.add(await decoder.finish(), ()), transcript.end()]
+                        shown = [transcript.add(decoder.finish(), ()), transcript.end()]
                     text = "".join(some for some, _ in shown)
                     made = tuple(token for _, tokens_shown in shown for token in tokens_shown)
                     if text or made:
@@ -247,21 +240,35 @@ class Generation:
                         return part
         raise AssertionError("a worker stream ends with End or raises")
 
-    async def _tokens(self, model: Model, part: Tokens, decoded: Sequence[Decoded]) -> list[TokenText]:
+    def _tokens(self, spelling: Spelling, part: Tokens) -> list[TokenText]:
         """The part's tokens with their bytes, and with scores when those were asked for."""
-        content = [some for piece in decoded for some in piece.token_bytes]
         if not self._request.logprobs:
-            return [TokenText(token_id, some) for token_id, some in zip(part.token_ids, content, strict=True)]
-        others = [token_id for score in part.scores for token_id, _ in score.top]
-        known = await self._gateway.tokenizer.token_bytes(model.name, model.tokenizer_digest, others)
+            return [TokenText(token_id, content) for token_id, content in _spelled(spelling, part.token_ids)]
         return [
-            TokenText(token_id, some, score.logprob, tuple(Alternative(i, known[i], value) for i, value in score.top))
-            for token_id, some, score in zip(part.token_ids, content, part.scores, strict=True)
+            TokenText(
+                token_id,
+                content,
+                score.logprob,
+                tuple(
+                    Alternative(other, content, value)
+                    for (other, content), (_, value) in zip(
+                        _spelled(spelling, [other for other, _ in score.top]), score.top, strict=True
+                    )
+                ),
+            )
+            for (token_id, content), score in zip(_spelled(spelling, part.token_ids), part.scores, strict=True)
         ]
 
     async def _tell(self, event: Event) -> None:
         self._seen.event(event)
         await self._events.put(event)
+
+
+def _spelled(spelling: Spelling, token_ids: Sequence[int]) -> list[tuple[int, bytes]]:
+    """Each token with its bytes."""
+    if (unknown := unknown_id(spelling, token_ids)) is not None:
+        raise Internal(f"the worker sent token {unknown}, which the tokenizer does not have", token_id=unknown)
+    return [(token_id, spelling.pieces[token_id] or b"") for token_id in token_ids]
 
 
 def _first(group: ExceptionGroup[Exception]) -> Exception:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from services.chassis.errors import NotFound
+from services.chassis.errors import NotFound, WrongVariant
 
 MAX_REMEMBERED = 256
 """Models whose first sighting is remembered; also what ListModels may return at most."""
@@ -22,6 +22,14 @@ class Model:
     context_tokens: int
     parameters: int
     created_unix_s: int = 0
+
+
+def check_tokenizer(model: Model, digest: str) -> None:
+    """Fails closed, as WrongVariant, where a tokenizer answered that the model was not made with."""
+    if digest != model.tokenizer_digest:
+        raise WrongVariant(
+            "the tokenizer is not the one this model was made with", expected=model.tokenizer_digest, seen=digest
+        )
 
 
 class Catalogue:

@@ -22,6 +22,9 @@ class Settings(ServiceSettings):
     peer_timeout_s: float = Field(10.0, gt=0, le=600, description="longest wait for one unary call to a peer")
     health_timeout_s: float = Field(2.0, gt=0, le=60, description="longest wait for a peer when asked for health")
     model_info_ttl_s: float = Field(3.0, ge=0, le=3600, description="how long what a worker said of its model is used")
+    asked_header_bytes: int = Field(
+        4096, ge=0, le=16_384, description="a prompt of so many bytes is told to the picker in a header; 0: never"
+    )
     generate_retries: int = Field(1, ge=0, le=3, description="new attempts when a worker fails before its first token")
 
     token_budgets: Path | None = Field(None, description="TOML file of tokens per minute by tenant; unset: no limits")
@@ -40,7 +43,7 @@ class Settings(ServiceSettings):
     max_prompts: int = Field(8, ge=1, le=8, description="prompts in one completion request")
     max_prompt_bytes: int = Field(1 << 20, ge=1, le=1 << 20, description="UTF-8 of all text of a request together")
     parse_special_tokens: bool = Field(False, description="read special tokens in the text of plain completions")
-    token_bytes_cache: int = Field(65_536, ge=0, le=2_000_000, description="tokens whose bytes are remembered")
+    vocabularies: int = Field(4, ge=1, le=64, description="vocabularies kept to turn ids into text, a few MB each")
 
     max_body_bytes: int = Field(8 << 20, ge=1024, le=256 << 20, description="largest REST request body")
     body_timeout_s: float = Field(30.0, gt=0, le=600, description="longest time a REST body may take to arrive")

@@ -64,11 +64,3 @@ class Encoded:
 
     token_ids: tuple[int, ...]
     tokenizer_digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """The text that one group of tokens made certain, and each token's own bytes."""
-
-    text: str
-    token_bytes: tuple[bytes, ...]

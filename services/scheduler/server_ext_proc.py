@@ -4,11 +4,15 @@ The answer to the request's headers is withheld until the first gRPC message of 
 sees the prompt; then the headers are answered with the endpoints and the body is sent back unchanged. Envoy keeps no
 copy in full-duplex mode: what we do not send back, the worker never gets. With the body mode NONE we ask for BUFFERED
 by `mode_override`: then Envoy keeps the body and serves on when this process dies, which full-duplex cannot.
+
+A caller may say in a header what placement reads of its first message (the gateway does, for prompts that fit): then
+the headers are answered at once, and a message each way is saved before the worker hears of the request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
@@ -40,10 +44,13 @@ DESTINATION = "x-gateway-destination-endpoint"
 SERVED = "x-gateway-destination-endpoint-served"
 LB_NAMESPACE = "envoy.lb"
 
+ASKED = "x-autoglm-asked-bin"
+"""A GenerateRequest with what placement reads of one: request_id, model, variant, token ids, max_tokens, tenant."""
+
 GENERATE = "/autoglm.sparse_inference.v1.SparseInferenceService/Generate"
 SCORE = "/autoglm.sparse_inference.v1.SparseInferenceService/Score"
 
-_WANTED = frozenset((":path", "x-request-id", "grpc-timeout", "traceparent", "tracestate"))
+_WANTED = frozenset((":path", "x-request-id", "grpc-timeout", "traceparent", "tracestate", ASKED))
 _DUPLEX = (modes.ProcessingMode.FULL_DUPLEX_STREAMED, modes.ProcessingMode.GRPC)
 _WHOLE = (modes.ProcessingMode.BUFFERED, modes.ProcessingMode.BUFFERED_PARTIAL)
 _FRAME_PREFIX = 5
@@ -55,6 +62,10 @@ _OVERRIDE = modes.ProcessingMode(
     response_trailer_mode=modes.ProcessingMode.SEND,
 )
 """Asked for where the proxy would send headers only. The response's trailers keep the stream open to its end."""
+_OVERRIDE_UNREAD = modes.ProcessingMode(
+    response_header_mode=modes.ProcessingMode.SEND, response_trailer_mode=modes.ProcessingMode.SEND
+)
+"""The same where the headers said it all."""
 
 
 class ExternalProcessor(ext_proc_pb2_grpc.ExternalProcessorServicer):
@@ -148,7 +159,12 @@ class Exchange:
         self._labels = self._labels or labels_from_cluster(message.attributes)
         has_body = not message.request_headers.end_of_stream
         reads_body = has_body and self._headers.get(":path") in (GENERATE, SCORE)
-        if self._mode == modes.ProcessingMode.NONE and reads_body and self._settings.asks_for_body:
+        if reads_body and (asked := self._asked_by_header()) is not None:
+            answer = self._place(asked)
+            if self._mode == modes.ProcessingMode.NONE and self._settings.asks_for_body:
+                answer.mode_override.CopyFrom(_OVERRIDE_UNREAD)
+            yield answer
+        elif self._mode == modes.ProcessingMode.NONE and reads_body and self._settings.asks_for_body:
             self._mode = modes.ProcessingMode.BUFFERED
             yield ext_proc.ProcessingResponse(request_headers=ext_proc.HeadersResponse(), mode_override=_OVERRIDE)
         elif self._mode in _WHOLE and reads_body:
@@ -204,6 +220,17 @@ class Exchange:
             tracestate=headers.get("tracestate", ""),
         )
 
+    def _asked_by_header(self) -> Asked | None:
+        """What the caller's header says; None without one, or when it cannot be read: the body says it as well."""
+        text = self._headers.pop(ASKED, "")
+        if not text or self._headers.get(":path") != GENERATE:
+            return None
+        try:
+            return self._asked_by(base64.b64decode(text + "=" * (-len(text) % 4), validate=True))
+        except (ValueError, InvalidRequest):
+            telemetry.fallback("asked_header_unread", length=len(text))
+            return None
+
     def _asked_by(self, body: bytes) -> Asked:
         """What is known with the first message. Ranges are the worker's to check; only lengths are used here."""
         kind = inference.GenerateRequest if self._headers[":path"] == GENERATE else inference.ScoreRequest
@@ -227,7 +254,9 @@ class Exchange:
         endpoints = ",".join(self._placed.endpoints)
         if not endpoints:
             return self._unchanged()
-        mutation = ext_proc.HeaderMutation(set_headers=[header(DESTINATION, endpoints.encode())])
+        mutation = ext_proc.HeaderMutation(
+            set_headers=[header(DESTINATION, endpoints.encode())], remove_headers=[ASKED]
+        )
         # The route is settled: choosing it anew would draw the canary weights a second time.
         common = ext_proc.CommonResponse(header_mutation=mutation, clear_route_cache=False)
         metadata = Struct()

@@ -78,7 +78,7 @@ async def main() -> None:
         settings.model_name,
         variant.tokenizer_digest,
         lambda: worker.draining,
-        server.Generate,
+        server.generate,
         TokenizerClient(tokenizer, settings.tokenizer_timeout_ms / 1000),
         new_seed=lambda: secrets.randbits(63),
         new_id=lambda: uuid.uuid4().hex,

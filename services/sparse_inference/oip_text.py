@@ -8,7 +8,7 @@ fences, spans and counts are those of any other.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ _REASONS = {
     generation_pb2.FINISH_REASON_HANDED_OVER: "handed_over",
 }
 
-Generate = Callable[[worker_pb.GenerateRequest, Context], AsyncIterator[worker_pb.GenerateResponse]]
+Generate = Callable[[worker_pb.GenerateRequest, Context], AsyncGenerator[worker_pb.GenerateResponse]]
 
 
 class Decoder(Protocol):
@@ -162,7 +162,7 @@ class TextModel:
     async def _parts(self, asked: _Asked, context: Context) -> AsyncGenerator[_Part, None]:
         async with AsyncExitStack() as stack:
             decoder: Decoder | None = None
-            messages = await stack.enter_async_context(aclosing(self._generate(asked.work, context)))  # type: ignore[type-var]
+            messages = await stack.enter_async_context(aclosing(self._generate(asked.work, context)))
             async for message in messages:
                 if message.WhichOneof("event") == "finish":
                     text = await decoder.finish() if decoder else ""

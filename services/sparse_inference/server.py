@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -44,6 +44,19 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
+        # Headers once the request has its place: whoever stands in between is done with them before a token comes.
+        # Not before that: until then the answer may be a refusal, which is a single frame.
+        async with contextlib.aclosing(self.generate(request, context, context.send_initial_metadata)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def generate(
+        self,
+        request: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+        admitted: Callable[[tuple[()]], Awaitable[None]] | None = None,
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Generate, for callers in this process, too; `admitted` is called with () when the request has its place."""
         self._fence(request.variant_digest, request.model)
         self._note_picker(context)
         span = trace.get_current_span()
@@ -55,7 +68,7 @@ class SparseInferenceServer(rpc.SparseInferenceServiceServicer):
         digest = self._worker.variant.digest
         asked = self._request_of(request)
         first, position = True, request.resumed_tokens
-        run = self._worker.run(asked, request.tenant, _constraint(request))
+        run = self._worker.run(asked, request.tenant, _constraint(request), admitted)
         async with contextlib.aclosing(watch(self._settings.model_name, asked, run)) as events:
             async for event in events:
                 if isinstance(event, Finished):

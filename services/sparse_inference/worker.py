@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 
 from engine.checkpoints.known_tokens import KnownTokens
@@ -98,10 +98,15 @@ class Worker:
             )  # fmt: skip
 
     async def run(
-        self, request: Request, tenant: str, constraint: Constraint | None = None
+        self,
+        request: Request,
+        tenant: str,
+        constraint: Constraint | None = None,
+        admitted: Callable[[tuple[()]], Awaitable[None]] | None = None,
     ) -> AsyncIterator[Tokens | Finished]:
         """Yields tokens as they come, all that are ready at once, then one Finished. Closing it cancels the request.
 
+        `admitted` is called once it has its place in the loop, before its first token.
         Raises InvalidRequest, TooBusy, Unavailable, OutOfTime or Internal.
         """
         self.check(request)
@@ -152,6 +157,8 @@ class Worker:
             running = self._loop.submit(prepared, listen)
         del found, prepared  # the payloads belong to the loop, which lets go of them when it begins
         try:
+            if admitted is not None:
+                await admitted(())
             while True:
                 for event in _merge(await _ready(queue)):
                     if isinstance(event, Failure):

@@ -11,9 +11,9 @@ from autoglm.tokenizer.v1 import tokenizer_pb2_grpc
 from opentelemetry import trace
 from prometheus_client import Counter
 
+from services.chassis import decoding
 from services.chassis.errors import InvalidRequest, NotFound
 from services.chassis.offload import Offload
-from services.tokenizer import decoding
 from services.tokenizer.chats import Chats
 from services.tokenizer.prompts import encode_prompt
 from services.tokenizer.settings import TokenizerSettings
@@ -21,6 +21,9 @@ from services.tokenizer.vocabulary import Vocabulary
 
 MAX_RESPONSE_IDS = 1 << 20
 """The responses' own bound on token_ids."""
+
+PART_TOKENS, PART_BYTES = 8192, 1 << 19
+"""A part of a vocabulary ends with either: far within what one message may hold."""
 
 TOKENS = Counter("autoglm_tokenizer_tokens_total", "Tokens made from text or turned into text", ["method"])
 tracer = trace.get_tracer("autoglm.tokenizer")
@@ -100,6 +103,24 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         TOKENS.labels("RenderChat").inc(len(prompt.token_ids))
         return pb.RenderChatResponse(text=prompt.text, token_ids=prompt.token_ids, tokenizer_digest=vocabulary.digest)
 
+    async def GetVocabulary(
+        self, request: pb.GetVocabularyRequest, context: Context
+    ) -> AsyncIterator[pb.GetVocabularyResponse]:
+        vocabulary = self._vocabulary(request.model)
+        part, size = pb.GetVocabularyResponse(), 0
+        for token_id, piece in enumerate(vocabulary.pieces):
+            part.token_bytes.append(piece or b"")
+            size += len(piece or b"")
+            if piece is None:
+                part.absent_ids.append(token_id)
+            elif token_id in vocabulary.special_ids:
+                part.special_ids.append(token_id)
+            if len(part.token_bytes) == PART_TOKENS or size >= PART_BYTES or token_id + 1 == vocabulary.size:
+                part.tokenizer_digest = vocabulary.digest
+                part.drops_leading_space = vocabulary.drops_leading_space
+                yield part
+                part, size = pb.GetVocabularyResponse(), 0
+
     async def ListTokenizers(self, request: pb.ListTokenizersRequest, context: Context) -> pb.ListTokenizersResponse:
         return pb.ListTokenizersResponse(
             tokenizers=[
@@ -138,7 +159,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
 
 def _check_known(vocabulary: Vocabulary, ids: Sequence[int]) -> None:
-    if (unknown := vocabulary.unknown_id(ids)) is not None:
+    if (unknown := decoding.unknown_id(vocabulary, ids)) is not None:
         raise InvalidRequest(
             f"token_ids: {unknown} is not in the vocabulary of {vocabulary.size} entries", field="token_ids"
         )

@@ -68,11 +68,6 @@ class Vocabulary:
         ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         return ids
 
-    def unknown_id(self, ids: Sequence[int]) -> int | None:
-        """The first id that is not in the vocabulary."""
-        pieces, size = self.pieces, len(self.pieces)
-        return next((i for i in ids if i >= size or pieces[i] is None), None)
-
 
 def load(directory: Path, max_file_bytes: int) -> Vocabulary:
     """Reads `tokenizer.json` of a model directory, or the tokenizer in a .gguf file. Raises UnusableTokenizer."""

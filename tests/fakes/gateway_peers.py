@@ -7,7 +7,6 @@ scripts: each call takes the next one, the last is kept. What was asked and how 
 from __future__ import annotations
 
 import asyncio
-import codecs
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,9 +127,6 @@ class Peers:
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.spans: list[Span] = []
         self.spans_came = asyncio.Condition()
-        self.decode_streams = 0
-        self.no_decode_streams = asyncio.Event()
-        self.no_decode_streams.set()
         self.reset()
         worker_rpc.add_SparseInferenceServiceServicer_to_server(_Worker(self), self.server)
         tokenizer_rpc.add_TokenizerServiceServicer_to_server(_Tokenizer(self), self.server)
@@ -146,7 +142,8 @@ class Peers:
         self.called: asyncio.Queue[WorkerCall] = asyncio.Queue()
         self.tokenizer_digest = TOKENIZER
         self.encoded = 0
-        self.decodes_before_failure: int | None = None
+        self.vocabularies = 0
+        self.is_tokenizer_broken = False
 
     async def call(self) -> WorkerCall:
         """The next Generate call that came."""
@@ -193,6 +190,8 @@ class _Tokenizer(tokenizer_rpc.TokenizerServiceServicer):
 
     async def Encode(self, request: tokenizer_pb.EncodeRequest, context: Any) -> tokenizer_pb.EncodeResponse:
         self.peers.encoded += 1
+        if self.peers.is_tokenizer_broken:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake tokenizer fails")
         prefix = [BOS] if request.add_special_tokens else []
         ids = [*prefix, *request.text.encode()]
         return tokenizer_pb.EncodeResponse(token_ids=ids, tokenizer_digest=self.peers.tokenizer_digest)
@@ -204,29 +203,19 @@ class _Tokenizer(tokenizer_rpc.TokenizerServiceServicer):
             text=text, token_ids=[USER, *text.encode()], tokenizer_digest=self.peers.tokenizer_digest
         )
 
-    async def Decode(self, request: tokenizer_pb.DecodeRequest, context: Any) -> tokenizer_pb.DecodeResponse:
-        return tokenizer_pb.DecodeResponse(token_bytes=[bytes([token_id]) for token_id in request.token_ids])
-
-    async def DecodeStream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.peers.decode_streams += 1
-        self.peers.no_decode_streams.clear()
-        context.add_done_callback(lambda _: self._left())
-        async for request in requests:
-            if self.peers.decodes_before_failure is not None:
-                self.peers.decodes_before_failure -= 1
-                if self.peers.decodes_before_failure < 0:
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake tokenizer fails")
-            yield tokenizer_pb.DecodeStreamResponse(
-                text=decoder.decode(bytes(request.token_ids)),
-                token_bytes=[bytes([token_id]) for token_id in request.token_ids],
-            )
-        yield tokenizer_pb.DecodeStreamResponse(text=decoder.decode(b"", final=True))
-
-    def _left(self) -> None:
-        self.peers.decode_streams -= 1
-        if not self.peers.decode_streams:
-            self.peers.no_decode_streams.set()
+    async def GetVocabulary(self, request: Any, context: Any) -> AsyncIterator[tokenizer_pb.GetVocabularyResponse]:
+        self.peers.vocabularies += 1
+        digest = self.peers.tokenizer_digest
+        yield tokenizer_pb.GetVocabularyResponse(
+            tokenizer_digest=digest, token_bytes=[bytes([byte]) for byte in range(256)]
+        )
+        if self.peers.is_tokenizer_broken:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake tokenizer fails")
+        special = range(256, VOCABULARY - 1)
+        pieces = [*(b"<|%d|>" % token_id for token_id in special), b""]
+        yield tokenizer_pb.GetVocabularyResponse(
+            tokenizer_digest=digest, token_bytes=pieces, special_ids=special, absent_ids=[VOCABULARY - 1]
+        )
 
     async def ListTokenizers(self, request: Any, context: Any) -> tokenizer_pb.ListTokenizersResponse:
         info = tokenizer_pb.TokenizerInfo(model=MODEL, tokenizer_digest=TOKENIZER, vocabulary_size=VOCABULARY)

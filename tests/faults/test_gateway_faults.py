@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,14 +16,19 @@ import pytest
 import pytest_asyncio
 from autoglm.gateway.v1 import gateway_pb2 as pb
 
-from services.chassis.errors import Unavailable
+from services.chassis.errors import Unavailable, WrongVariant
 from services.gateway.clients import Tokenizer
+from services.gateway.models import Model
 from tests.fakes.gateway_peers import (
+    CONTEXT_TOKENS,
     HANDED_OVER,
     MODEL,
+    TOKENIZER,
+    VOCABULARY,
     Peers,
     Script,
     breaks,
+    chunk,
     ends_silently,
     floods,
     hangs,
@@ -165,12 +171,41 @@ async def test_a_broken_stream_is_a_status_when_nothing_was_sent(rest: httpx.Asy
     assert answer.status_code == 502 and answer.json()["error"]["code"] == "interrupted"
 
 
-async def test_a_broken_tokenizer_stream_interrupts(gateway: GatewayUnderTest, peers: Peers) -> None:
-    """When decoding breaks, the stream is interrupted and the worker is released."""
-    peers.scripts, peers.decodes_before_failure = [hangs("Hello")], 3
-    text, error = await ask(gateway)
-    assert text == "Hel" and reason(error) == "INTERRUPTED"
-    await asyncio.wait_for(peers.calls[0].ended.wait(), 20)
+async def test_an_answer_outlives_its_tokenizer(gateway: GatewayUnderTest, peers: Peers) -> None:
+    """Text is made in the gateway: a tokenizer that breaks under an answer breaks only what comes after it."""
+    go = asyncio.Event()
+
+    async def waits(call: Any) -> AsyncIterator[Any]:
+        async for message in says("Grüße")(call):
+            yield message
+            await go.wait()
+
+    peers.scripts = [waits]
+    asking = asyncio.create_task(ask(gateway))
+    await peers.call()
+    peers.is_tokenizer_broken = True
+    go.set()
+    assert await asking == ("Grüße", None)
+    _, error = await ask(gateway)
+    assert error is not None and error.details() == "the tokenizer did not answer (UNAVAILABLE)"
+
+
+async def test_a_token_that_no_tokenizer_knows_ends_the_answer(gateway: GatewayUnderTest, peers: Peers) -> None:
+    """An id outside the vocabulary, or in a hole of it, is named in a typed error, and the worker is released."""
+    for token_id in (VOCABULARY - 1, VOCABULARY):
+
+        async def strays(call: Any, token_id: int = token_id) -> AsyncIterator[Any]:
+            async for message in hangs("Hel")(call):
+                yield message
+                if message.chunk.first_position == 2:
+                    yield chunk([token_id], 3, call.request)
+
+        peers.scripts = [strays]
+        text, error = await ask(gateway)
+        assert text == "Hel" and reason(error) == "INTERNAL" and error is not None
+        assert f"token {token_id}" in (error.details() or "")
+        call = await peers.call()
+        await asyncio.wait_for(call.ended.wait(), 20)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -178,7 +213,7 @@ async def test_a_broken_tokenizer_stream_interrupts(gateway: GatewayUnderTest, p
 async def test_a_rest_client_that_goes_frees_the_worker(
     gateway: GatewayUnderTest, peers: Peers, stream: bool, said: str
 ) -> None:
-    """Closing the connection cancels the worker and the tokenizer, before and after the first token."""
+    """Closing the connection cancels the worker, before and after the first token."""
     peers.scripts = [hangs(said)]
     async with httpx.AsyncClient(base_url=gateway.rest_url, timeout=20) as client:
         asking = asyncio.create_task(client.post("/v1/completions", json=TEXT | {"stream": stream}))
@@ -278,7 +313,6 @@ async def is_idle(gateway: GatewayUnderTest, peers: Peers) -> None:
             assert reason(error) == "TOO_BUSY"
             await asyncio.sleep(0.02)
         assert sorted(text) == sorted("okok")
-        await peers.no_decode_streams.wait()
 
 
 async def test_a_body_that_never_ends_is_given_up(gateway: GatewayUnderTest, peers: Peers) -> None:
@@ -318,17 +352,27 @@ async def test_words_of_a_proxy_stay_inside(rest: httpx.AsyncClient, peers: Peer
         assert SCRIPTED not in answer.text
 
 
-async def test_a_broken_decoder_leaves_no_task_behind(peers: Peers) -> None:
-    """A decoding stream that ended by itself stops waiting for more ids to send."""
-    peers.decodes_before_failure = 0
+async def test_a_vocabulary_is_asked_for_until_it_came_and_then_no_more(peers: Peers) -> None:
+    """Half a vocabulary is an error and is not kept; a whole one answers everyone who waited; another's is refused."""
+    model = Model(MODEL, "", TOKENIZER, CONTEXT_TOKENS, 0)
     async with grpc.aio.insecure_channel(peers.address) as channel:
-        async with Tokenizer(channel, 5, 16).decoder(MODEL) as decoder:
-            with pytest.raises(Unavailable):
-                await decoder.decode([[104]])
-            senders = [task for task in asyncio.all_tasks() if "_consume_request_iterator" in repr(task)]
-        assert senders
-        _, waiting = await asyncio.wait(senders, timeout=5)
-    assert not waiting
+        tokenizer = Tokenizer(channel, 5, 1)
+        peers.is_tokenizer_broken = True
+        with pytest.raises(Unavailable):
+            await tokenizer.spelling(model)
+        peers.is_tokenizer_broken = False
+        first, second = await asyncio.gather(tokenizer.spelling(model), tokenizer.spelling(model))
+        assert first is second and peers.vocabularies == 2
+        assert (len(first.pieces), first.pieces[65], first.pieces[-1]) == (VOCABULARY, b"A", None)
+        assert first.special_ids == {256, 257, 258}
+        other = replace(model, tokenizer_digest="sha256:" + "00" * 32)
+        with pytest.raises(WrongVariant):
+            await tokenizer.spelling(other)
+        peers.tokenizer_digest = other.tokenizer_digest
+        await tokenizer.spelling(other)  # takes the one place there is
+        peers.tokenizer_digest = TOKENIZER
+        await tokenizer.spelling(model)
+    assert peers.vocabularies == 5
 
 
 async def test_a_drain_lets_running_streams_finish(peers: Peers) -> None:

@@ -13,6 +13,7 @@ import openai
 import pytest
 import pytest_asyncio
 from autoglm.gateway.v1 import gateway_pb2 as pb
+from autoglm.sparse_inference.v1 import sparse_inference_pb2 as worker_pb
 from autoglm.type.v1 import generation_pb2
 
 from tests.fakes.gateway_peers import BOS, CONTEXT_TOKENS, LENGTH, MODEL, USER, VARIANT, Peers, breaks, says
@@ -34,7 +35,7 @@ async def server() -> AsyncIterator[Peers]:
 def gateway(server: Peers) -> Iterator[GatewayUnderTest]:
     with gateway_over(
         server.address, AUTOGLM_OTLP_ENDPOINT=server.address, AUTOGLM_MAX_BODY_BYTES="20000",
-        AUTOGLM_DEFAULT_MAX_TOKENS="50",
+        AUTOGLM_DEFAULT_MAX_TOKENS="50", AUTOGLM_ASKED_HEADER_BYTES="128",
     ) as one:  # fmt: skip
         yield one
 
@@ -107,6 +108,21 @@ async def test_the_worker_is_asked_exactly(gateway: GatewayUnderTest, peers: Pee
     assert (request.max_tokens, request.ignore_eos, request.tenant) == (5, True, "public")
     assert request.model == MODEL and not request.variant_digest
     assert call.remaining_s is not None and 0 < call.remaining_s < 21  # gRPC rounds up on the wire
+
+
+async def test_the_picker_reads_a_prompt_in_a_header_where_it_fits(gateway: GatewayUnderTest, peers: Peers) -> None:
+    """The header says what placement reads of the request, and nothing else; a longer prompt is in the body alone."""
+    for size, is_told in ((20, True), (120, False)):
+        await ask(gateway, text="x" * size, max_tokens=5)
+        call = peers.calls[-1]
+        request = call.request
+        told = call.metadata.get("x-autoglm-asked-bin")
+        assert (told is not None) == is_told
+        if told is not None:
+            wanted = worker_pb.GenerateRequest(
+                request_id=request.request_id, model=MODEL, token_ids=request.token_ids, max_tokens=5, tenant="public"
+            )
+            assert worker_pb.GenerateRequest.FromString(told) == wanted
 
 
 async def test_a_chat_goes_through_the_template(gateway: GatewayUnderTest, peers: Peers) -> None:

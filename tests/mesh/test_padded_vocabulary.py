@@ -18,7 +18,8 @@ from autoglm.type.v1 import generation_pb2
 from engine.checkpoints.export_gguf import export_gguf
 from engine.checkpoints.known_tokens import KnownTokens, known_tokens
 from engine.checkpoints.opening import open_checkpoint
-from services.tokenizer import decoding, vocabulary
+from services.chassis import decoding
+from services.tokenizer import vocabulary
 from tests.fakes.checkpoints import SMALLEST_VOCABULARY, write_checkpoint, write_tokenizer
 from tests.fakes.processes import running
 
@@ -79,7 +80,7 @@ async def test_ids_without_a_token_are_never_drawn_nor_taken(model: Path, tmp_pa
     told = [other.token_id for chunk in chunks for entry in chunk.logprobs for other in entry.top]
     words = vocabulary.load(model, 1 << 20)
     assert len(drawn) == 128 and messages[-1].finish.reason == generation_pb2.FINISH_REASON_LENGTH
-    assert words.unknown_id(drawn) is None and words.unknown_id(told) is None
+    assert decoding.unknown_id(words, [*drawn, *told]) is None
     assert decoding.decode(words, drawn, keep_special=True)
     for unknown, (code, text) in zip((HOLE, TOKENS, ROWS - 1), refusals, strict=True):
         assert code is grpc.StatusCode.INVALID_ARGUMENT and str(unknown) in text

@@ -39,6 +39,7 @@ BODY_MODES = {"istio": "FULL_DUPLEX_STREAMED", "buffered": "BUFFERED", "override
 """Three ways to show the picker the body. Only Istio's own gives the body away, and cannot go on without the picker."""
 GRACE_S = 20
 
+ASKED = "x-autoglm-asked-bin"
 DIALECTS = pytest.mark.parametrize("dialect", sorted(BODY_MODES))
 RESILIENT = pytest.mark.parametrize("dialect", ["buffered", "override"])
 
@@ -116,11 +117,15 @@ class Mesh:
     decision_log: Path
     leases: list[Lease] = field(default_factory=list)
 
-    async def generate(self, request_id: str, token_ids: list[int] | None = None, **options: Any) -> list[Any]:
+    async def generate(
+        self, request_id: str, token_ids: list[int] | None = None, in_header: bool = False, **options: Any
+    ) -> list[Any]:
         request = inference.GenerateRequest(
             request_id=request_id, token_ids=token_ids or [1, 2, 3], tenant="t", model="glm-tiny", max_tokens=4
         )
-        metadata = (("x-request-id", request_id),)
+        metadata: tuple[tuple[str, str | bytes], ...] = (("x-request-id", request_id),)
+        if in_header:
+            metadata += ((ASKED, request.SerializeToString()),)
         return [answer async for answer in self.stub.Generate(request, metadata=metadata, timeout=20, **options)]
 
     async def until(self, statistic: str, value: int) -> None:
@@ -378,11 +383,14 @@ def _assignment(name: str, endpoints: list[str]) -> Json:
 
 
 @DIALECTS
-async def test_requests_go_where_the_picker_says(tmp_path: Path, dialect: str) -> None:
-    """Every request is served by the first endpoint of its own decision, and the record says so."""
+@pytest.mark.parametrize("in_header", [False, True])
+async def test_requests_go_where_the_picker_says(tmp_path: Path, dialect: str, in_header: bool) -> None:
+    """Every request is served by the first endpoint of its own decision, and the record says so; whether the picker
+    read the prompt in the body or in the header, which the worker is spared."""
     async with mesh(tmp_path, dialect) as net:
         for number in range(10):
-            answers = await net.generate(f"r-{number}")
+            answers = await net.generate(f"r-{number}", in_header=in_header)
+            assert ASKED not in (await net.receiver(f"r-{number}")).metadata[f"r-{number}"]
             found = await net.scheduler.GetDecision(scheduler.GetDecisionRequest(request_id=f"r-{number}"))
             decision = found.decisions[0]
             chosen = next(entry for entry in decision.candidates if entry.endpoint == decision.endpoints[0])
@@ -428,14 +436,15 @@ async def test_a_long_prompt_passes_through_unchanged(tmp_path: Path, dialect: s
 
 
 @DIALECTS
-async def test_a_request_counts_until_it_ends(tmp_path: Path, dialect: str) -> None:
+@pytest.mark.parametrize("in_header", [False, True])
+async def test_a_request_counts_until_it_ends(tmp_path: Path, dialect: str, in_header: bool) -> None:
     """While a worker generates, the request is in flight at its replica; so the next one goes to the other."""
     async with mesh(tmp_path, dialect) as net:
         for worker in net.workers:
             worker.released.clear()
-        first = asyncio.create_task(net.generate("first"))
+        first = asyncio.create_task(net.generate("first", in_header=in_header))
         busy = await net.receiver("first")
-        second = asyncio.create_task(net.generate("second"))
+        second = asyncio.create_task(net.generate("second", in_header=in_header))
         other = next(worker for worker in net.workers if worker is not busy)
         await other.wait_for("second")
         assert {name: replica.in_flight for name, replica in (await net.replicas()).items()} == {

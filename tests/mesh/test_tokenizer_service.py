@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from autoglm.tokenizer.v1 import tokenizer_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.checkpoints.digests import tokenizer_digest
+from services.chassis import decoding
 from tests.fakes.processes import Service, is_alive, running
 
 MODEL = "glm-tiny"
@@ -183,6 +185,30 @@ async def test_nothing_that_was_said_reaches_logs_or_metrics(
     assert 'autoglm_tokenizer_tokens_total{method="RenderChat"}' in metrics
     assert "autoglm_template_render_seconds_bucket" in metrics
     assert "canary" not in metrics + json.dumps(service.lines)
+
+
+async def test_a_vocabulary_fetched_whole_decodes_as_the_service_does(
+    stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub,
+) -> None:
+    """The parts join to every token there is, and whoever has them makes the same text from any ids."""
+    parts = [part async for part in stub.GetVocabulary(pb.GetVocabularyRequest(model=MODEL))]
+    (digest,) = {part.tokenizer_digest for part in parts}
+    pieces: list[bytes | None] = [piece for part in parts for piece in part.token_bytes]
+    for absent in (number for part in parts for number in part.absent_ids):
+        pieces[absent] = None
+    special = frozenset(number for part in parts for number in part.special_ids)
+    loaded = (await stub.ListTokenizers(pb.ListTokenizersRequest())).tokenizers
+    known = next(info for info in loaded if info.model == MODEL)
+    assert (len(pieces), digest) == (known.vocabulary_size, known.tokenizer_digest) and special
+    spelling = decoding.Spelling(digest, pieces, special, parts[0].drops_leading_space)
+    ids = random.Random(1).choices([number for number, piece in enumerate(pieces) if piece is not None], k=4000)
+    ids += special
+    for keep in (False, True):
+        asked = pb.DecodeRequest(model=MODEL, token_ids=ids, keep_special_tokens=keep)
+        assert decoding.decode(spelling, ids, keep) == (await stub.Decode(asked)).text
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [part async for part in stub.GetVocabulary(pb.GetVocabularyRequest(model="nobody"))]
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_it_drains_on_sigterm() -> None:

@@ -93,6 +93,19 @@ async def test_tokens_that_come_quickly_share_a_message() -> None:
     assert sum(sizes) == 100 and len(sizes) <= 50 and sizes[0] < max(sizes)
 
 
+async def test_headers_come_when_a_request_has_its_place(stub: rpc.SparseInferenceServiceStub) -> None:
+    """Whoever stands in between hears of a request that waits before there is a token to hold up."""
+    running_now = [stub.Generate(ask(max_tokens=1900, tenant=f"t{number}")) for number in range(4)]
+    for call in running_now:
+        await anext(aiter(call))
+    waiting = stub.Generate(ask(tenant="t4"))
+    await waiting.initial_metadata()
+    assert (await stub.GetLoad(pb.GetLoadRequest())).waiting == 1
+    for call in (*running_now, waiting):
+        call.cancel()
+    await idle(stub)
+
+
 async def test_company_changes_nothing(stub: rpc.SparseInferenceServiceStub) -> None:
     """Seeded streams computed together equal the same streams computed alone."""
 

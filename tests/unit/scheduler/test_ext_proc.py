@@ -22,7 +22,7 @@ from services.scheduler.picker import Picker
 from services.scheduler.policy import Policy
 from services.scheduler.records import Recorder
 from services.scheduler.replicas import Flight, Load, Registration, Replica, ReplicaTable
-from services.scheduler.server_ext_proc import DESTINATION, GENERATE, SCORE, SERVED, Exchange
+from services.scheduler.server_ext_proc import ASKED, DESTINATION, GENERATE, SCORE, SERVED, Exchange
 from services.scheduler.server_ext_proc_parts import labels_from, labels_from_cluster
 from services.scheduler.settings import SchedulerSettings
 
@@ -137,6 +137,35 @@ def test_where_no_body_comes_it_is_asked_for(desk: Desk) -> None:
     assert destination(second)
     (at_once,) = Exchange(desk.picker, SchedulerSettings(asks_for_body=False), Flight(), ()).answers(headers(mode=NONE))
     assert destination(at_once) and not at_once.HasField("mode_override")
+
+
+def asked(**facts: Any) -> str:
+    """The header as it is on the wire."""
+    return base64.b64encode(generate(**facts).SerializeToString()).rstrip(b"=").decode()
+
+
+@pytest.mark.parametrize("mode", [FULL_DUPLEX, BUFFERED, NONE])
+def test_what_a_header_says_needs_no_body(desk: Desk, mode: int) -> None:
+    """The headers are answered at once, as the body would have decided; the header ends here and the body goes on."""
+    exchange, data = desk.exchange(), frame(generate())
+    (first,) = exchange.answers(headers(mode=mode, **{ASKED: asked(request_id="mine", max_tokens=9)}))
+    assert destination(first) and list(first.request_headers.response.header_mutation.remove_headers) == [ASKED]
+    assert first.mode_override.response_trailer_mode == (modes.ProcessingMode.SEND if mode == NONE else 0)
+    record = desk.recorder.newest(1)[0]
+    assert (record.request_id, record.request.prompt_tokens, record.request.max_tokens) == ("mine", 2, 9)
+    (second,) = exchange.answers(body(data, True))
+    echoed = second.request_body.response.body_mutation.streamed_response.body
+    assert echoed == (data if mode == FULL_DUPLEX else b"") and len(desk.recorder.newest(2)) == 1
+
+
+@pytest.mark.parametrize("text", ["not base64", "/////w"])
+def test_a_header_that_says_nothing_is_counted_and_the_body_decides(desk: Desk, text: str) -> None:
+    """Neither refused nor silently passed over."""
+    before = FALLBACKS.labels("asked_header_unread")._value.get()
+    exchange = desk.exchange()
+    assert list(exchange.answers(headers(**{ASKED: text}))) == []
+    assert destination(next(exchange.answers(body(frame(generate()), True))))
+    assert FALLBACKS.labels("asked_header_unread")._value.get() == before + 1
 
 
 @pytest.mark.parametrize("message", [headers(path="/grpc.health.v1.Health/Check"), headers(end_of_stream=True)])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from services.tokenizer import decoding, token_bytes, vocabulary
+from services.chassis import decoding
+from services.tokenizer import token_bytes, vocabulary
 
 MODEL = Path("models/glm-tiny")
 GLM = vocabulary.load(MODEL, 1 << 26)

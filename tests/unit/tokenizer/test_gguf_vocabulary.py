@@ -19,9 +19,9 @@ from engine.checkpoints.export_gguf import _header
 from engine.checkpoints.gguf_header import Value
 from engine.checkpoints.gguf_text import text_metadata
 from engine.checkpoints.gguf_tokenizer import HF_JSON, PRE_TOKENIZERS
+from services.chassis.decoding import TextDecoder, decode
 from services.tokenizer import vocabulary
 from services.tokenizer.chats import read_template
-from services.tokenizer.decoding import TextDecoder, decode
 
 MODEL = Path("models/glm-tiny")
 PAGE = """def f(x):\n\treturn x ** 2  # don't panic, it's 1234567890 + 3.14159!\n\n\n    indented   text  \r\n

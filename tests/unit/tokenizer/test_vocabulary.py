@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoints.digests import tokenizer_digest
+from services.chassis.decoding import unknown_id
 from services.tokenizer import vocabulary
 from services.tokenizer.settings import parse_models
 
@@ -65,8 +66,8 @@ def test_oversize_files_are_refused_before_they_are_read() -> None:
 
 def test_unknown_ids_are_found() -> None:
     """The first id outside the vocabulary is named; all others pass."""
-    assert GLM.unknown_id(range(GLM.size)) is None
-    assert GLM.unknown_id([1, GLM.size, GLM.size + 7]) == GLM.size
+    assert unknown_id(GLM, range(GLM.size)) is None
+    assert unknown_id(GLM, [1, GLM.size, GLM.size + 7]) == GLM.size
 
 
 def test_digest_covers_every_text_file_and_nothing_else(tmp_path: Path) -> None:

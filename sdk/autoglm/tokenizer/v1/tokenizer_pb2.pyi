@@ -307,6 +307,74 @@ class RenderChatResponse(_message.Message):
 Global___RenderChatResponse: _TypeAlias = RenderChatResponse  # noqa: Y015
 
 @_typing.final
+class GetVocabularyRequest(_message.Message):
+    """Asks for a whole vocabulary."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model whose vocabulary is meant. 1 to 128 bytes."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVocabularyRequest: _TypeAlias = GetVocabularyRequest  # noqa: Y015
+
+@_typing.final
+class GetVocabularyResponse(_message.Message):
+    """The next tokens of a vocabulary, in the order of their ids; the first part begins at id 0. Text is the UTF-8 that the
+    tokens' bytes join to, with U+FFFD for what forms no character.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    ABSENT_IDS_FIELD_NUMBER: _builtins.int
+    SPECIAL_IDS_FIELD_NUMBER: _builtins.int
+    DROPS_LEADING_SPACE_FIELD_NUMBER: _builtins.int
+    tokenizer_digest: _builtins.str
+    """Hash of the tokenizer; the same in every part."""
+    drops_leading_space: _builtins.bool
+    """Whether one leading space of a text is dropped."""
+    @_builtins.property
+    def token_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Bytes of the next tokens, at most 16,384. Empty for an id that does not exist."""
+
+    @_builtins.property
+    def absent_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which of them do not exist."""
+
+    @_builtins.property
+    def special_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which of them no text shows unless special tokens are kept."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer_digest: _builtins.str = ...,
+        token_bytes: _abc.Iterable[_builtins.bytes] | None = ...,
+        absent_ids: _abc.Iterable[_builtins.int] | None = ...,
+        special_ids: _abc.Iterable[_builtins.int] | None = ...,
+        drops_leading_space: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_ids", b"absent_ids", "drops_leading_space", b"drops_leading_space", "special_ids", b"special_ids", "token_bytes", b"token_bytes", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVocabularyResponse: _TypeAlias = GetVocabularyResponse  # noqa: Y015
+
+@_typing.final
 class ListTokenizersRequest(_message.Message):
     """Nothing to say."""
 

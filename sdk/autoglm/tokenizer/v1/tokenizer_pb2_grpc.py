@@ -55,6 +55,11 @@ class TokenizerServiceStub:
                 request_serializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.RenderChatRequest.SerializeToString,
                 response_deserializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.RenderChatResponse.FromString,
                 _registered_method=True)
+        self.GetVocabulary = channel.unary_stream(
+                '/autoglm.tokenizer.v1.TokenizerService/GetVocabulary',
+                request_serializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetVocabularyRequest.SerializeToString,
+                response_deserializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetVocabularyResponse.FromString,
+                _registered_method=True)
         self.ListTokenizers = channel.unary_unary(
                 '/autoglm.tokenizer.v1.TokenizerService/ListTokenizers',
                 request_serializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.ListTokenizersRequest.SerializeToString,
@@ -94,6 +99,13 @@ class TokenizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetVocabulary(self, request, context):
+        """The bytes behind every token, for callers that turn ids into text themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListTokenizers(self, request, context):
         """Describes the tokenizers that are loaded.
         """
@@ -123,6 +135,11 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.RenderChat,
                     request_deserializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.RenderChatRequest.FromString,
                     response_serializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.RenderChatResponse.SerializeToString,
+            ),
+            'GetVocabulary': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetVocabulary,
+                    request_deserializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetVocabularyRequest.FromString,
+                    response_serializer=autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetVocabularyResponse.SerializeToString,
             ),
             'ListTokenizers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTokenizers,
@@ -239,6 +256,33 @@ class TokenizerService:
             '/autoglm.tokenizer.v1.TokenizerService/RenderChat',
             autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.RenderChatRequest.SerializeToString,
             autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.RenderChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVocabulary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/autoglm.tokenizer.v1.TokenizerService/GetVocabulary',
+            autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetVocabularyRequest.SerializeToString,
+            autoglm_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetVocabularyResponse.FromString,
             options,
             channel_credentials,
             insecure,

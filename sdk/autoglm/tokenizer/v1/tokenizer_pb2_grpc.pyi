@@ -41,6 +41,8 @@ class TokenizerServiceStub:
     """Token ids to text as they come; a text part never ends inside a character."""
     RenderChat: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.RenderChatRequest, _tokenizer_pb2.RenderChatResponse]
     """Chat messages to a prompt, through the model's sandboxed template."""
+    GetVocabulary: _grpc.UnaryStreamMultiCallable[_tokenizer_pb2.GetVocabularyRequest, _tokenizer_pb2.GetVocabularyResponse]
+    """The bytes behind every token, for callers that turn ids into text themselves."""
     ListTokenizers: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.ListTokenizersRequest, _tokenizer_pb2.ListTokenizersResponse]
     """Describes the tokenizers that are loaded."""
 
@@ -57,6 +59,8 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     """Token ids to text as they come; a text part never ends inside a character."""
     RenderChat: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.RenderChatRequest, _tokenizer_pb2.RenderChatResponse]  # type: ignore[assignment]
     """Chat messages to a prompt, through the model's sandboxed template."""
+    GetVocabulary: _aio.UnaryStreamMultiCallable[_tokenizer_pb2.GetVocabularyRequest, _tokenizer_pb2.GetVocabularyResponse]  # type: ignore[assignment]
+    """The bytes behind every token, for callers that turn ids into text themselves."""
     ListTokenizers: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.ListTokenizersRequest, _tokenizer_pb2.ListTokenizersResponse]  # type: ignore[assignment]
     """Describes the tokenizers that are loaded."""
 
@@ -94,6 +98,14 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.RenderChatResponse, _abc.Awaitable[_tokenizer_pb2.RenderChatResponse]]:
         """Chat messages to a prompt, through the model's sandboxed template."""
+
+    @_abc_1.abstractmethod
+    def GetVocabulary(
+        self,
+        request: _tokenizer_pb2.GetVocabularyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tokenizer_pb2.GetVocabularyResponse], _abc.AsyncIterator[_tokenizer_pb2.GetVocabularyResponse]]:
+        """The bytes behind every token, for callers that turn ids into text themselves."""
 
     @_abc_1.abstractmethod
     def ListTokenizers(
