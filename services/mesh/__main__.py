@@ -301,7 +301,7 @@ def _check_same_model(settings: MeshSettings, directory: RunDirectory) -> None:
     current = state.read(directory.state)
     if current is None or not settings.is_own_model or current.pid != directory.holder():
         return
-    if current.model_dir != str(settings.model_dir.absolute()) or current.model != model.name(settings):
+    if current.model_dir != settings.model_place or current.model != model.name(settings):
         _fail(f"the mesh that is up serves {current.model} ({current.model_dir}); stop it first: make stop")
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks.clouds import Clouds, running_clouds
 from benchmarks.harness import MODEL
-from services.mesh.clouds import asking, network, shared_cache, smoke
+from services.mesh.clouds import asking, network, shared_artifacts, shared_cache, smoke
 from services.mesh.clouds.asking import Answer, NoAnswer
 
 CANNOT = "network namespaces need root, ip and nsenter: clouds are NOT tested here"
@@ -84,8 +84,9 @@ def bearer(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"}
 
 
-def test_every_door_asks_for_a_token_and_takes_the_others(clouds: Clouds) -> None:
+def test_every_door_asks_for_a_token_and_takes_the_others(clouds: Clouds, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one nobody is let in, over REST or gRPC; the issuer that all clouds share is good at each of them."""
+    monkeypatch.delenv("AUTOGLM_TOKEN", raising=False)
     token = clouds.token("acme")
     for cloud in clouds.state.clouds:
         without = completion(clouds, cloud.name, {})
@@ -121,6 +122,19 @@ def test_the_region_in_a_token_is_the_word_that_counts(clouds: Clouds) -> None:
         lambda: len([at for at in clouds.served("gcp", "gateway~inbound", "/v1/completions") if at >= began]) == 2,
         "both went to gcp",
     )
+
+
+def test_a_model_pushed_in_one_cloud_is_fetched_in_another(clouds: Clouds, tmp_path: Path) -> None:
+    """By one digest and through the store between the caches; a cloud that has fetched it needs the store no more."""
+    said = smoke.models_by_digest(clouds.state)
+    assert "pushed into aws, fetched from azure" in said
+    digest = shared_artifacts.push(clouds.state, clouds.cloud("gcp"), Path(clouds.mesh("aws").model_dir))
+    store = clouds.directory.root / shared_artifacts.FOLDER
+    away = store.rename(tmp_path / "away")
+    try:
+        assert shared_artifacts.pull(clouds.state, clouds.cloud("azure"), digest, tmp_path / "pulled") > 0
+    finally:
+        away.rename(store)
 
 
 def test_a_prefix_computed_in_one_cloud_is_found_in_another(clouds: Clouds) -> None:

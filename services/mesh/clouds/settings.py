@@ -31,4 +31,8 @@ class CloudsSettings(ServiceSettings):
     clouds_shared_cache: bool = Field(
         False, description="one Valkey or Redis keeps the key-value blocks of all clouds; not where regions must hold"
     )
+    clouds_shared_artifacts: bool = Field(
+        True,
+        description="caches share models by digest: in AUTOGLM_CACHE_ARTIFACT_URL, else in a folder of clouds_dir",
+    )
     drain_grace_s: float = Field(10.0, ge=0, le=3600, description="how long running calls may finish on stop")

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from services.mesh import start
-from services.mesh.clouds import asking, present
+from services.mesh.clouds import asking, present, shared_artifacts
 from services.mesh.clouds.asking import Answer
 from services.mesh.clouds.settings import CloudsSettings
 from services.mesh.clouds.state import CloudsState, CloudState
@@ -43,7 +43,10 @@ def smoke(settings: CloudsSettings, console: Console) -> bool:
     try:
         current = present.wait_up(directory, supervisor, settings.clouds_start_timeout_s, console)
         present.show(current, console)
-        for check in (_door_asks, _same_tokens, _unknown_region, stand_in_and_residency):
+        checks = [_door_asks, _same_tokens, _unknown_region, stand_in_and_residency]
+        if settings.clouds_shared_artifacts:
+            checks.insert(2, models_by_digest)
+        for check in checks:
             console.print(f"ok  {check(current)}", highlight=False, soft_wrap=True)
     except (CannotStart, Flaw, asking.NoAnswer, OSError) as error:
         problem = str(error)
@@ -81,6 +84,24 @@ def _models(cloud: CloudState, headers: dict[str, str]) -> int:
             return int(answer.status)
     except urllib.error.HTTPError as refused:
         return refused.code
+
+
+def models_by_digest(current: CloudsState) -> str:
+    """A model pushed into the first cloud is fetched from the last by its digest, byte for byte."""
+    first, last = current.clouds[0], current.clouds[-1]
+    model = Path(mesh_of(first).model_dir)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="autoglm-pulled-") as folder:
+        try:
+            digest = shared_artifacts.push(current, first, model)
+            size = shared_artifacts.pull(current, last, digest, Path(folder))
+        except shared_artifacts.NotShared as error:
+            raise Flaw(str(error)) from None
+        for path in Path(folder).iterdir():
+            if path.read_bytes() != (model if model.is_file() else model / path.name).read_bytes():
+                raise Flaw(f"{path.name} came out of {last.name} with other bytes than went into {first.name}")
+    took = time.monotonic() - began
+    return f"{digest[:19]}…: {size / 1e6:.1f} MB pushed into {first.name}, fetched from {last.name} ({took:.1f} s)"
 
 
 def _same_tokens(current: CloudsState) -> str:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from services.mesh import ports
-from services.mesh.clouds import network, plan, shared_cache, state, wan, watches
+from services.mesh.clouds import network, plan, shared_artifacts, shared_cache, state, wan, watches
 from services.mesh.clouds.network import Network, NoNetwork
 from services.mesh.clouds.plan import PORTS, Cloud, Plan, PlanError
 from services.mesh.clouds.settings import CloudsSettings
@@ -140,11 +140,19 @@ class Clouds:
                 **self.plan.environment(cloud),
                 "AUTOGLM_ISSUER_DIR": str(self.issuer),
                 **(self._shared.environment() if self._shared is not None else {}),
+                **self._artifacts(),
                 "AUTOGLM_REPLICAS": self._replicas(cloud.name),
             },
             self.directory.log(cloud.name),
             after=(shared_cache.NAME,) if self._shared is not None else (),
             probe=lambda: self._is_up(cloud),
+        )
+
+    def _artifacts(self) -> dict[str, str]:
+        return (
+            shared_artifacts.environment(self.directory.root, os.environ)
+            if self.settings.clouds_shared_artifacts
+            else {}
         )
 
     def _find_shared_cache(self) -> SharedCache | None:
