@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.harness import REPOSITORY, supervised
-from services.mesh.clouds import network, present, state
+from services.mesh.clouds import asking, network, present, state
 from services.mesh.clouds.state import CloudsState, CloudState
 from services.mesh.rundir import RunDirectory
 from services.mesh.state import MeshState
@@ -56,6 +56,10 @@ class Clouds:
     def ingress(self, name: str) -> str:
         cloud = self.cloud(name)
         return f"{cloud.address}:{cloud.ports['ingress']}"
+
+    def token(self, tenant: str = asking.TENANT, region: str = "") -> str:
+        """A token that every cloud takes."""
+        return asking.token(self.state.issuer, tenant, region)
 
     def pull(self, name: str) -> None:
         """The cloud vanishes from the network without a word."""

@@ -60,6 +60,11 @@ class ArtifactStore:
         self._arriving_bytes = 0
         self._evicted = 0
 
+    @property
+    def largest_bytes(self) -> int:
+        """The largest artifact that has room here."""
+        return min(self._max_bytes, self._capacity)
+
     async def open(self) -> None:
         """Takes over what an earlier process left; the directory for files being written must be empty."""
         if self._root is None:
@@ -119,7 +124,7 @@ class ArtifactStore:
     async def reserve(self, size: int, total: int) -> None:
         """Room for `size` more bytes of an arriving artifact that then has `total`. Raises InvalidRequest, TooBusy."""
         self._arriving_bytes += size  # whatever follows: the upload gives back all that it asked for
-        limit = min(self._max_bytes, self._capacity)
+        limit = self.largest_bytes
         if total > limit:
             raise InvalidRequest(f"the artifact is larger than {limit} bytes", limit=limit)
         await self._make_room(0)
@@ -169,9 +174,13 @@ class Upload:
         self._reserved = self.total_bytes = 0
 
     async def __aenter__(self) -> Upload:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = await _whole(self._offload(os.open, self._temporary, flags, 0o600), undo=self._discard)
         return self
+
+    def shared_descriptor(self) -> int:
+        """What has been written, for reading while more arrives. The caller closes it."""
+        return os.dup(self._descriptor)
 
     async def write(self, content: bytes) -> None:
         """Takes the next bytes."""

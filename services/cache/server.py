@@ -11,8 +11,8 @@ from autoglm.cache.v1 import cache_pb2_grpc
 from opentelemetry import trace
 
 from engine.prefix import scope_key
-from services.cache.artifacts import ArtifactStore
 from services.cache.blocks import Block, BlockKey
+from services.cache.shared_artifacts import SharedArtifacts
 from services.cache.store import BlockStore, Outcome
 from services.cache.tiers import Occupancy
 from services.chassis.errors import InvalidRequest
@@ -27,7 +27,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class CacheServicer(cache_pb2_grpc.CacheServiceServicer):
     """Blocks and artifacts over the stores."""
 
-    def __init__(self, blocks: BlockStore, artifacts: ArtifactStore, offload: Offload, max_blocks_per_put: int) -> None:
+    def __init__(
+        self, blocks: BlockStore, artifacts: SharedArtifacts, offload: Offload, max_blocks_per_put: int
+    ) -> None:
         self._blocks, self._artifacts, self._offload = blocks, artifacts, offload
         self._max_blocks_per_put = max_blocks_per_put
 
@@ -80,17 +82,17 @@ class CacheServicer(cache_pb2_grpc.CacheServiceServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None:
             raise InvalidRequest("the stream is empty; its first message must carry the digest", field="digest")
-        if (size := self._artifacts.size_of(first.digest)) is not None:
-            return pb.PutArtifactResponse(total_bytes=size, present=True)
-        async with self._artifacts.begin(first.digest) as upload:
-            await upload.write(first.content)
+
+        async def contents() -> AsyncIterator[bytes]:
+            yield first.content
             async for request in request_iterator:
-                await upload.write(request.content)
-            await upload.finish()
-        return pb.PutArtifactResponse(total_bytes=upload.total_bytes)
+                yield request.content
+
+        stored = await self._artifacts.put(first.digest, contents())
+        return pb.PutArtifactResponse(total_bytes=stored.total_bytes, present=stored.is_old)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
-        occupancies = [*self._blocks.occupancies(), self._artifacts.occupancy()]
+        occupancies = [*self._blocks.occupancies(), self._artifacts.local.occupancy()]
         return pb.GetStatsResponse(
             tiers=map(_stats, occupancies),
             hit_blocks=self._blocks.hit_blocks,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from services.cache import object_store
 from services.chassis.settings import ServiceSettings
 
 MIB = 1 << 20
@@ -27,7 +28,30 @@ class CacheSettings(ServiceSettings):
     cache_io_waiting: int = Field(128, ge=0, le=100_000, description="file operations that may wait for a thread")
     cache_disk_retry_s: float = Field(1.0, gt=0, le=3600, description="pause before a failed disk is written to again")
     cache_spill_s: float = Field(5.0, ge=0, le=600, description="time to move memory to disk after a drain; 0: none")
+    cache_artifact_url: str = Field(
+        "",
+        max_length=1024,
+        description="object store that keeps artifacts for several caches: s3://bucket/prefix, gs://…, az://…, "
+        "file:///folder; empty: none",
+    )
+    cache_artifact_timeout_ms: int = Field(
+        10_000, ge=10, le=600_000, description="longest one request to the object store may take: 4 MiB at most"
+    )
+    cache_artifact_connect_ms: int = Field(2_000, ge=10, le=60_000, description="longest a connection to it may take")
+    cache_artifact_downloads: int = Field(4, ge=1, le=64, description="artifacts fetched from it at a time; 4 MiB each")
+    cache_artifact_allow_http: bool = Field(
+        False, description="speak to it without TLS, as to a MinIO beside the cache"
+    )
     redis_url: str = Field("", description="Valkey or Redis as the last tier, such as redis://host:6379/0; empty: none")
     redis_timeout_ms: int = Field(20, ge=1, le=10_000, description="longest a block waits for Redis")
     redis_ttl_s: int = Field(86_400, ge=1, le=1 << 30, description="how long Redis keeps a block")
     redis_connections: int = Field(8, ge=1, le=1024, description="connections to Redis")
+
+    @field_validator("cache_artifact_url")
+    @classmethod
+    def _names_a_store(cls, value: str, info: ValidationInfo) -> str:
+        if value:
+            object_store.check(value)
+            if not info.data.get("cache_directory"):
+                raise ValueError("needs AUTOGLM_CACHE_DIRECTORY: artifacts are proved on disk before they are served")
+        return value

@@ -144,6 +144,7 @@ def token(
     tenant: str = typer.Option(..., help="Whose requests they will be."),
     audience: str = typer.Option("autoglm", help="For whom the token is."),
     minutes: float = typer.Option(60, min=0.1, max=60 * 24 * 30, help="How long it is good."),
+    region: str = typer.Option("", help="Where the tenant's data must stay (istio/clouds); empty: nothing is said."),
 ) -> None:
     """Print a token for a mesh under istio/components/jwt: curl -H "authorization: Bearer $(… token --tenant me)"."""
     from services.mesh.identity import Unusable
@@ -156,7 +157,7 @@ def token(
         issuer = Issuer.open(settings.issuer_dir or directory.issuer)
     except Unusable as error:
         _fail(str(error))
-    print(issuer.token(tenant, audience, timedelta(minutes=minutes), datetime.now(UTC)))
+    print(issuer.token(tenant, audience, timedelta(minutes=minutes), datetime.now(UTC), region))
 
 
 @app.command()
@@ -289,7 +290,7 @@ def _check_same_model(settings: MeshSettings, directory: RunDirectory) -> None:
     current = state.read(directory.state)
     if current is None or not settings.is_own_model or current.pid != directory.holder():
         return
-    if current.model_dir != str(settings.model_dir.absolute()) or current.model != model.name(settings):
+    if current.model_dir != settings.model_place or current.model != model.name(settings):
         _fail(f"the mesh that is up serves {current.model} ({current.model_dir}); stop it first: make stop")
 
 

@@ -247,7 +247,7 @@ class LocalMesh:
                 metrics=f"{here}:{self._metrics_port}",
             ),
             model=model.name(self.settings),
-            model_dir=str(self.settings.model_dir.absolute()),
+            model_dir=self.settings.model_place,
             processes=[self._process_state(name, process) for name, process in self.supervisor.processes.items()],
             policy=self.control.state,
             identities=[_identity_state(item) for item in self.identities.issued],

@@ -10,10 +10,14 @@ import re
 from contextlib import closing
 from pathlib import Path
 
+from autoglm.manifest import MAX_MANIFEST_BYTES, BadManifest, hexadecimal, parse
+
+from engine.checkpoints.digest_cache import default_cache_directory
 from services.mesh.settings import MeshSettings
 
 NAME_CHARACTERS = 64
 FALLBACK_NAME = "model"
+DIGEST_CHARACTERS = 12
 ROOM_BYTES = 768 << 20
 """What the processes of a mesh take beside the weights."""
 
@@ -24,6 +28,8 @@ class UnusableModel(Exception):
 
 def name(settings: MeshSettings) -> str:
     """The public name of the model."""
+    if settings.is_by_digest and not settings.model_name:
+        return f"model-{str(settings.model_dir).removeprefix('sha256:')[:DIGEST_CHARACTERS]}"
     return settings.model_name or name_of(settings.model_dir)
 
 
@@ -45,7 +51,7 @@ def placeholders(settings: MeshSettings) -> dict[str, str]:
     if threads is None:
         threads = 0 if settings.is_own_model else 1
     return {
-        "{model_dir}": str(settings.model_dir.absolute()),
+        "{model_dir}": settings.model_place,
         "{model_name}": name(settings),
         "{threads}": str(threads),
     }
@@ -61,6 +67,11 @@ def check(settings: MeshSettings) -> str:
     from engine.checkpoints.packed import layout_of
     from engine.precision.plan import plan_for
 
+    if settings.is_by_digest:
+        found = by_digest(settings)
+        if not isinstance(found, Path):
+            return found
+        settings = settings.model_copy(update={"model_dir": found, "model_name": name(settings)})
     place = settings.model_dir.absolute()
     _check_place(place)
     try:
@@ -96,6 +107,41 @@ def check(settings: MeshSettings) -> str:
         f"{name(settings)}: {arch.family}, {_count(arch.parameters)} weights, {_gib(size)} in {settings.precision}, "
         f"context {arch.max_position_embeddings}"
     )
+
+
+def by_digest(settings: MeshSettings) -> Path | str:
+    """Where a model that is named by a digest lies already; else one line on what is known of it.
+
+    Known is what lies in this mesh's own cache; what an object store has is known only to the cache that asks it.
+    Raises `UnusableModel`.
+    """
+    digest = str(settings.model_dir)
+    try:
+        key = hexadecimal(digest)
+    except BadManifest as error:
+        raise UnusableModel(f"{error}; `autoglm model push` prints one") from None
+    home = default_cache_directory() / "models"
+    kept = settings.run_dir / "cache" / "artifacts" / key[:2] / key
+    for path in (home / f"{key}.json", kept):
+        try:
+            if path.stat().st_size <= MAX_MANIFEST_BYTES:
+                found = parse(path.read_bytes(), digest)
+                break
+        except BadManifest as error:
+            raise UnusableModel(str(error)) from None
+        except OSError:
+            continue
+    else:
+        if settings.cache_artifact_url:
+            return f"{name(settings)}: {digest}, fetched from the object store if it is there"
+        raise UnusableModel(
+            f"{digest}: this mesh's cache does not have it. Put it there while the mesh runs with another model, by "
+            f"`autoglm model push DIR`, or set AUTOGLM_CACHE_ARTIFACT_URL to the object store that has it"
+        )
+    place = home / key
+    if place.is_dir():
+        return place / found.single_file if found.single_file else place
+    return f"{name(settings)}: {digest}, {len(found.files)} files, {_gib(found.total_bytes)}, fetched from the cache"
 
 
 def memory_bytes() -> int:

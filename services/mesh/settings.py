@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from autoglm.manifest import is_digest
 from pydantic import Field
 
 from services.chassis.settings import Port, ServiceSettings
@@ -24,7 +25,11 @@ class MeshSettings(ServiceSettings):
         "", max_length=1024, description="overrides replica counts, such as sparse-inference/canary=1"
     )
     model_dir: Path = Field(
-        BUNDLED_MODEL, description="the model to serve: a directory in the Hugging Face layout or a .gguf file"
+        BUNDLED_MODEL,
+        description="the model to serve: a directory (Hugging Face layout), a .gguf file, or sha256:… from the cache",
+    )
+    cache_artifact_url: str = Field(
+        "", description="the cache service's object store, from which a model by digest may come; empty: none"
     )
     model_name: str = Field(
         "",
@@ -78,7 +83,17 @@ class MeshSettings(ServiceSettings):
     @property
     def is_own_model(self) -> bool:
         """Whether the model is another than the one in the repository."""
-        return self.model_dir.absolute() != BUNDLED_MODEL.absolute()
+        return self.is_by_digest or self.model_dir.absolute() != BUNDLED_MODEL.absolute()
+
+    @property
+    def is_by_digest(self) -> bool:
+        """Whether the model is named by its digest and comes from the cache."""
+        return is_digest(str(self.model_dir))
+
+    @property
+    def model_place(self) -> str:
+        """The model as services are told of it: an absolute path, or its digest."""
+        return str(self.model_dir) if self.is_by_digest else str(self.model_dir.absolute())
 
 
 def addresses(text: str, variable: str) -> dict[str, tuple[str, int]]:

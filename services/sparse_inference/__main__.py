@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import uvloop
+from autoglm.manifest import is_digest
 from autoglm.sparse_inference.v1 import sparse_inference_pb2_grpc as rpc
 from autoglm.third_party import oip_pb2_grpc
 
@@ -23,10 +24,12 @@ from engine.checkpoints.digest_cache import DigestCache, default_cache_directory
 from engine.runtime.constraints import Compiler, tokenizer_of
 from engine.runtime.pages import PagePool
 from services.chassis.channels import connect
+from services.chassis.model_fetch import CannotFetch, Terms, fetch
+from services.chassis.progress import Reporter
 from services.chassis.serving import Member
 from services.chassis.settings import read
 from services.sparse_inference import engines, metrics, oip
-from services.sparse_inference.clients import CacheClient, LeaseClient, TokenizerClient
+from services.sparse_inference.clients import ArtifactClient, CacheClient, LeaseClient, TokenizerClient
 from services.sparse_inference.lease import Lease, reached_at
 from services.sparse_inference.oip_text import TextModel
 from services.sparse_inference.prefixes import Prefixes
@@ -41,11 +44,13 @@ LEAVE_S = 2.0
 async def main() -> None:
     settings = read(WorkerSettings)
     member = Member("sparse-inference", settings, [SERVICE, oip.SERVICE])
+    if is_digest(str(settings.model_dir)):
+        settings = settings.model_copy(update={"model_dir": await _fetched(settings)})
     if (file := onnx_file.find(settings.model_dir)) is not None:
         return await _serve_onnx(settings, member, file)
     limit = settings.max_weights_mib << 20
     remembered = (settings.cache_dir or default_cache_directory()) / "digests" if settings.remember_digests else None
-    digests = DigestCache(remembered, progress=engines.Reporter("hashing weights"))
+    digests = DigestCache(remembered, progress=Reporter("hashing weights"))
     try:
         arithmetic = engines.arithmetic(settings)
         variant = await asyncio.to_thread(variants.load, settings.model_dir, arithmetic, limit, digests)
@@ -106,6 +111,22 @@ async def main() -> None:
     await cache.close(None)
     await scheduler.close(None)
     await tokenizer.close(None)
+
+
+async def _fetched(settings: WorkerSettings) -> Path:
+    """Where the model that is named by a digest lies now."""
+    channel = connect(settings, "cache")
+    terms = Terms(settings.model_fetch_patience_s, settings.model_fetch_mib << 20)
+    root = settings.cache_dir or default_cache_directory()
+    try:
+        return await fetch(
+            str(settings.model_dir), root, ArtifactClient(channel), terms, Reporter("fetching the model")
+        )
+    except CannotFetch as error:
+        print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
+        raise SystemExit(2 if error.is_final else 1) from None
+    finally:
+        await channel.close(None)
 
 
 async def _serve_onnx(settings: WorkerSettings, member: Member, file: Path) -> None:

@@ -1,16 +1,12 @@
 """Makes the executor that the settings ask for, and says which arithmetic it has.
 
-The native executor serves; the reference executor is there to compare with. Hashing and packing a model for the first
-time takes a while, so `Reporter` says how far it is: a bar on a terminal, elsewhere a log line a second, which a
-supervisor reads as a sign of life.
+The native executor serves; the reference executor is there to compare with. Packing a model for the first time takes a
+while, so a `Reporter` says how far it is.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
-import time
 from pathlib import Path
 
 import autoglm_kernels as kernels
@@ -21,16 +17,10 @@ from engine.checkpoints.packed import pack_or_open
 from engine.checkpoints.variant import Variant
 from engine.executors import native, reference
 from engine.precision.plan import plan_for
+from services.chassis.progress import Reporter
 from services.sparse_inference.settings import WorkerSettings
 
-log = logging.getLogger("autoglm.engines")
-
 Served = native.NativeExecutor | reference.ReferenceExecutor
-
-BAR_CELLS = 32
-LOG_EVERY_S = 1.0
-QUICK_S = 0.5
-"""What takes no longer is not worth a word."""
 
 SKIPS_FROM = 64 << 20
 """Feed-forward weights from which skipping is automatic: smaller ones stay in a cache, where finding the active neurons
@@ -104,35 +94,3 @@ def _free_bytes() -> int:
     except (OSError, ValueError, StopIteration):
         pass
     return free
-
-
-class Reporter:
-    """Tells how far a long piece of work is. Called from one thread with (done, total); 0 of 0 is waiting."""
-
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
-        self._on_terminal = sys.stderr.isatty()
-        self._began = self._last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        took = now - self._began
-        pause = 0.1 if self._on_terminal else LOG_EVERY_S
-        if took < QUICK_S or (now - self._last < pause and done < total) or (total == 0 and now - self._last < pause):
-            return
-        self._last = now
-        if self._on_terminal:
-            self._draw(done, total, took)
-        else:
-            facts = {"doing": self._doing, "done": done, "total": total, "seconds": round(took, 1)}
-            log.info("progress", extra={"facts": facts})
-
-    def _draw(self, done: int, total: int, took: float) -> None:
-        if total == 0:
-            print(f"\r{self._doing}: another process is at it, {took:.0f} s   ", end="", file=sys.stderr, flush=True)
-            return
-        left = took * (total - done) / max(1, done)
-        text = f"{self._doing} {done >> 20} of {total >> 20} MiB, {left:.0f} s left"
-        filled = BAR_CELLS * done // total
-        end = "\n" if done == total else ""
-        print(f"\r[{'#' * filled}{'.' * (BAR_CELLS - filled)}] {text}   ", end=end, file=sys.stderr, flush=True)

@@ -9,18 +9,19 @@ from pydantic import Field, field_validator
 
 from engine.runtime.constraints import CompilerLimits
 from engine.runtime.loop import Limits
+from services.chassis.model_settings import ModelFetchSettings
 from services.sparse_inference.handing import Pace
 from services.sparse_inference.oip_settings import OipSettings
 
 
-class WorkerSettings(OipSettings):
+class WorkerSettings(OipSettings, ModelFetchSettings):
     """AUTOGLM_* of `python -m services.sparse_inference`."""
 
     model_name: str = Field("glm-tiny", min_length=1, max_length=128, description="public name of the model")
     model_dir: Path = Field(
-        Path("models/glm-tiny"), description="directory in the Hugging Face layout, a .gguf or an .onnx file"
+        Path("models/glm-tiny"),
+        description="a directory (Hugging Face), a .gguf or an .onnx file, or sha256:…, fetched from the cache",
     )
-    cache_dir: Path | None = Field(None, description="what can be computed again; unset: autoglm in the user's caches")
     remember_digests: bool = Field(True, description="keep digests of unchanged weight files, so that starts are quick")
     executor: Literal["native", "reference"] = Field("native", description="reference: slow float32, to compare with")
     precision: Literal["bf16", "int8", "int4", "int4-head4"] = Field("int8", description="number format of the weights")

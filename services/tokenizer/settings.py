@@ -6,14 +6,15 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from services.chassis.settings import ServiceSettings
+from services.chassis.model_settings import ModelFetchSettings
 
 
-class TokenizerSettings(ServiceSettings):
+class TokenizerSettings(ModelFetchSettings):
     """Limits are per process; each input is bounded by the proto first."""
 
     models: str = Field(
-        "glm-tiny=models/glm-tiny", description="comma-separated name=path pairs: a model directory or a .gguf file"
+        "glm-tiny=models/glm-tiny",
+        description="comma-separated name=path pairs: a model directory, a .gguf file, or sha256:… from the cache",
     )
     max_tokenizer_file_bytes: int = Field(
         64 << 20, ge=1, le=1 << 30, description="largest tokenizer.json or template read; a file from strangers"

@@ -235,3 +235,13 @@ async def test_a_wrong_file_stops_the_start(tmp_path: Path) -> None:
         gateway_over("127.0.0.1:1", AUTOGLM_TOKEN_BUDGETS=str(path)),
     ):
         pass
+
+
+async def test_a_store_that_cannot_be_one_stops_the_start() -> None:
+    """One line that names the setting, without what may be a password; no traceback, and it does not start."""
+    with (
+        pytest.raises(AssertionError, match="AUTOGLM_BUDGET_STORE_URL: the host or the port") as told,
+        gateway_over("127.0.0.1:1", AUTOGLM_BUDGET_STORE_URL="redis://someone:hunter2@store:port/1"),
+    ):
+        pass
+    assert "Traceback" not in str(told.value) and "hunter2" not in str(told.value)

@@ -21,6 +21,7 @@ from autoglm import (
     UnavailableError,
 )
 from autoglm.cli import chat as chatting
+from autoglm.cli import model as modelling
 from autoglm.cli import options as opt
 from autoglm.cli import status as statuses
 from autoglm.cli import top as watching
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(modelling.app, name="model")
 
 
 def run() -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from services.chassis.settings import read
 from services.mesh import start
-from services.mesh.clouds import network, state
+from services.mesh.clouds import asking, network, state
 from services.mesh.clouds.settings import CloudsSettings
 from services.mesh.clouds.state import CloudsState
 from services.mesh.clouds.supervise import Clouds
@@ -72,6 +72,25 @@ def status() -> None:
 
     _, directory = _begin()
     present.show(_running(directory), console)
+
+
+@app.command()
+def token(
+    tenant: str = typer.Option(asking.TENANT, help="Whose requests they will be."),
+    region: str = typer.Option(
+        "", help="The cloud in which the tenant's data must stay; empty: the caller may choose."
+    ),
+) -> None:
+    """Print a token that every cloud takes."""
+    from services.mesh.issuer import is_tenant
+
+    settings, directory = _begin()
+    if not is_tenant(tenant):
+        _fail("a tenant has 1 to 64 printable ASCII characters without spaces")
+    try:
+        print(asking.token(settings.issuer_dir or directory.issuer, tenant, region))
+    except asking.NoAnswer as error:
+        _fail(str(error))
 
 
 @app.command(hidden=True)
