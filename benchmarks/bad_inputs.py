@@ -114,9 +114,10 @@ REST: tuple[Rest, ...] = (
     Rest("regex with a hole", 400, "regex", body=text(guided_regex="a[")),
     Rest("schema of no type", 400, "json_schema", body=text(guided_json={"type": "nothing"})),
     Rest("min_tokens above max_tokens", 400, "min_tokens", body=text(min_tokens=9, max_tokens=4)),
-    Rest("unknown path", 403, "RBAC", "/v1/nothing", {}),
-    Rest("wrong method", 403, "RBAC", method="GET"),
-    Rest("path outside the API", 404, "", "/etc/passwd", {}),
+    Rest("unknown path", 403, "POST is not served", "/v1/nothing", {}),
+    Rest("wrong method", 403, "GET is not served", method="GET"),
+    Rest("path outside the API", 404, "not_found", "/etc/passwd", {}),
+    Rest("headers of 70 kB", 431, "headers_too_large", headers={"x-long": "y" * 70_000}, body=text()),
     Rest("wrong content type", 415, "", raw=b"model=glm-tiny", headers={"content-type": "text/plain"}),
 )
 
@@ -169,7 +170,9 @@ async def send_rest(http: httpx.AsyncClient, case: Rest) -> Answer:
     response = await http.request(case.method, case.path, content=content, headers=headers)
     ms = (time.perf_counter() - began) * 1000
     said, is_shaped = response.text, True
-    if response.headers.get("content-type", "").startswith("application/json"):
+    if not response.is_success:  # whoever refuses, the gateway or Envoy: one shape
+        is_shaped = response.headers.get("content-type", "").startswith("application/json")
+    if is_shaped:
         error = response.json().get("error")
         is_shaped = isinstance(error, dict) and {"message", "type", "param", "code"} <= set(error)
         said = f"{error.get('message')} [{error.get('param')}, {error.get('code')}]" if is_shaped else said

@@ -59,7 +59,7 @@ class Traffic:
     """A steady open-loop load at the doors; every request is remembered."""
 
     def __init__(self, clouds: Clouds) -> None:
-        self._callers = {name: autoglm.AsyncClient(clouds.ingress(name)) for name in DOORS}
+        self._callers = {name: autoglm.AsyncClient(clouds.ingress(name), token=clouds.token()) for name in DOORS}
         self._tasks: set[asyncio.Task[None]] = set()
         self.sent: list[Sent] = []
         self._number = 0
@@ -203,7 +203,7 @@ async def canary(clouds: Clouds) -> tuple[list[Bar], dict[str, Any]]:
     }
     outcomes: Counter[str] = Counter()
     numbers = iter(range(CANARY_REQUESTS))
-    async with autoglm.AsyncClient(clouds.ingress(LOST)) as caller:
+    async with autoglm.AsyncClient(clouds.ingress(LOST), token=clouds.token()) as caller:
 
         async def work() -> None:
             for number in numbers:

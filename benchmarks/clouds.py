@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +18,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.harness import REPOSITORY
-from services.mesh import start
-from services.mesh.clouds import network, present, state
+from benchmarks.harness import REPOSITORY, supervised
+from services.mesh.clouds import asking, network, present, state
 from services.mesh.clouds.state import CloudsState, CloudState
 from services.mesh.rundir import RunDirectory
 from services.mesh.state import MeshState
@@ -59,6 +56,10 @@ class Clouds:
     def ingress(self, name: str) -> str:
         cloud = self.cloud(name)
         return f"{cloud.address}:{cloud.ports['ingress']}"
+
+    def token(self, tenant: str = asking.TENANT, region: str = "") -> str:
+        """A token that every cloud takes."""
+        return asking.token(self.state.issuer, tenant, region)
 
     def pull(self, name: str) -> None:
         """The cloud vanishes from the network without a word."""
@@ -127,38 +128,19 @@ def running_clouds(timeout_s: float = 240.0, **environment: str) -> Iterator[Clo
     root = Path(tempfile.mkdtemp(prefix="autoglm-clouds-"))
     policy = root / "istio"
     shutil.copytree(REPOSITORY / "istio", policy)
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("AUTOGLM_")}
     directory = RunDirectory(root / "run")
-    supervisor = start.start(
-        directory,
-        inherited
-        | {
-            "AUTOGLM_CLOUDS_DIR": str(directory.root),
-            "AUTOGLM_CLOUDS_POLICY": str(policy),
-            "AUTOGLM_CLOUDS_FREE_PORTS": "true",
-            "AUTOGLM_DRAIN_GRACE_S": str(DRAIN_S),
-            "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "sdk"))),
-        }
-        | environment,
-        dies_with_us=True,
-        module="services.mesh.clouds",
-    )
+    chosen = {
+        "AUTOGLM_CLOUDS_DIR": str(directory.root),
+        "AUTOGLM_CLOUDS_POLICY": str(policy),
+        "AUTOGLM_CLOUDS_FREE_PORTS": "true",
+        "AUTOGLM_DRAIN_GRACE_S": str(DRAIN_S),
+    }
     try:
-        present.wait_up(directory, supervisor, timeout_s, Console(quiet=True))
-        yield Clouds(directory, policy)
-    except BaseException:
-        print(f"logs are kept in {root}", file=sys.stderr)
-        raise
-    else:
-        _stop(directory, supervisor)
-        shutil.rmtree(root, ignore_errors=True)
+        with supervised(
+            root, directory, chosen | environment, drain_s=2 * DRAIN_S, module="services.mesh.clouds"
+        ) as supervisor:
+            present.wait_up(directory, supervisor, timeout_s, Console(quiet=True))
+            yield Clouds(directory, policy)
     finally:
-        _stop(directory, supervisor)
-
-
-def _stop(directory: RunDirectory, supervisor: subprocess.Popen[bytes]) -> None:
-    if supervisor.poll() is None:
-        start.stop(directory, 2 * DRAIN_S, lambda _: None)
-        supervisor.wait()
-    if network.is_possible():
-        network.remove(network.network(directory.root))  # there is one left only if it had to be killed
+        if network.is_possible():
+            network.remove(network.network(directory.root))  # there is one left only if it had to be killed

@@ -104,41 +104,39 @@ class Mesh:
 def running(replicas: str = "", timeout_s: float = 90.0, **environment: str) -> Iterator[Mesh]:
     """Starts a mesh with a copy of istio/base and stops it; its logs are kept when the block fails."""
     root = Path(tempfile.mkdtemp(prefix="autoglm-mesh-"))
-    policy = root / "policy"
+    directory, policy = RunDirectory(root), root / "policy"
     shutil.copytree(REPOSITORY / "istio/base", policy)
     supply = ports.free("127.0.0.1")
     chosen = {f"AUTOGLM_{name.upper()}": str(next(supply)) for name, _ in FIXED_PORTS}
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("AUTOGLM_")}
-    directory = RunDirectory(root)
-    supervisor = start.start(
-        directory,
-        inherited
-        | chosen
-        | {
-            "AUTOGLM_RUN_DIR": str(root),
-            "AUTOGLM_POLICY_DIR": str(policy),
-            "AUTOGLM_REPLICAS": replicas,
-            "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "sdk"))),
-        }
-        | environment,
-        dies_with_us=True,
-    )
-    try:
+    chosen |= {"AUTOGLM_RUN_DIR": str(root), "AUTOGLM_POLICY_DIR": str(policy), "AUTOGLM_REPLICAS": replicas}
+    with supervised(root, directory, chosen | environment, drain_s=5.0) as supervisor:
         start.wait_up(directory, supervisor, timeout_s, lambda _: None)
         yield Mesh(directory, policy)
+
+
+@contextmanager
+def supervised(
+    root: Path, directory: RunDirectory, settings: dict[str, str], drain_s: float, module: str = "services.mesh"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts a supervisor with these settings only and stops it; all of `root` is kept when the block fails."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("AUTOGLM_")}
+    path = {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "sdk")))}
+    supervisor = start.start(directory, inherited | path | settings, dies_with_us=True, module=module)
+    try:
+        yield supervisor
     except BaseException:
-        print(f"logs are kept in {directory.logs}", file=sys.stderr)
+        print(f"logs are kept in {root}", file=sys.stderr)
         raise
     else:
-        _stop(directory, supervisor)
+        _stop(directory, supervisor, drain_s)
         shutil.rmtree(root, ignore_errors=True)
     finally:
-        _stop(directory, supervisor)
+        _stop(directory, supervisor, drain_s)
 
 
-def _stop(directory: RunDirectory, supervisor: subprocess.Popen[bytes]) -> None:
+def _stop(directory: RunDirectory, supervisor: subprocess.Popen[bytes], drain_s: float) -> None:
     if supervisor.poll() is None:
-        start.stop(directory, 5.0, lambda _: None)
+        start.stop(directory, drain_s, lambda _: None)
         supervisor.wait()
 
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from typing import Any
 import autoglm
 
 from benchmarks.harness import MODEL, Bar, Mesh, report, running
+from services.mesh import ports
+from services.mesh.clouds import shared_cache
 
 GREEDY, MODERATE = "greedy", ("moderate-a", "moderate-b")
 BUDGET_PER_MINUTE, BURST = 2400, 240
@@ -246,24 +252,56 @@ def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 1) if values else None
 
 
+@contextmanager
+def store(wanted: str, folder: Path) -> Iterator[str]:
+    """Its URL: as it was given, or that of a server which lives as long as the block."""
+    if wanted != "own":
+        yield wanted
+        return
+    found = shared_cache.find("127.0.0.1", next(ports.free("127.0.0.1")))
+    if found is None:
+        sys.exit("neither valkey-server nor redis-server is installed (make packages): nothing was measured")
+    with subprocess.Popen(found.program(folder).command, cwd=folder, stdout=subprocess.DEVNULL) as server:
+        try:
+            while not _answers(found.address, found.port):
+                if server.poll() is not None:
+                    sys.exit(f"{found.server} ended with status {server.returncode}: nothing was measured")
+                time.sleep(0.02)
+            yield f"redis://:{found.password}@{found.address}:{found.port}/0"
+        finally:
+            server.terminate()
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
 def main() -> int:
     """Returns 1 when a bar was missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the window")
     parser.add_argument(
-        "--store", default="", help="Valkey or Redis that keeps the budgets, redis://…; none: in process"
+        "--store",
+        default="",
+        help="Valkey or Redis that keeps the budgets: redis://…, or `own`, started for the run; none: in process",
     )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, store(options.store, Path(folder)) as url:
         book = Path(folder) / "budgets.toml"
         book.write_text(BOOK)
-        environment = {"AUTOGLM_TOKEN_BUDGETS": str(book), "AUTOGLM_BUDGET_STORE_URL": options.store}
+        environment = {"AUTOGLM_TOKEN_BUDGETS": str(book), "AUTOGLM_BUDGET_STORE_URL": url}
         with running("", **environment) as mesh:
             bars, details = asyncio.run(drill(mesh, options.seconds))
     details["store"] = "shared" if options.store else "in process"
     command = f"python -m benchmarks.token_limit --seconds {options.seconds:g}"
     if options.store:
-        report("token-limit-shared", bars, details, f"{command} --store redis://…")
+        report(
+            "token-limit-shared", bars, details, f"{command} --store {'own' if options.store == 'own' else 'redis://…'}"
+        )
     else:
         report("token-limit", bars, details, command)
     return 1 if any(not bar.is_met for bar in bars) else 0

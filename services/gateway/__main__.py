@@ -19,6 +19,7 @@ from services.gateway.budgets.book import Shelf, WrongBudgets
 from services.gateway.budgets.ledger import Ledger, Local
 from services.gateway.budgets.redis_ledger import Shared
 from services.gateway.budgets.reservations import Budgets
+from services.gateway.budgets.store_url import WrongStore
 from services.gateway.clients import Tokenizer, Workers
 from services.gateway.generation import Gateway
 from services.gateway.limits import Admission
@@ -39,7 +40,11 @@ async def main(settings: Settings) -> None:
     except WrongBudgets as error:
         print(f"AUTOGLM_TOKEN_BUDGETS: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    budgets = Budgets(shelf, _ledger(settings))
+    try:
+        budgets = Budgets(shelf, _ledger(settings))
+    except WrongStore as error:
+        print(f"AUTOGLM_BUDGET_STORE_URL: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     tokenizer_channel, worker_channel = connect(settings, "tokenizer"), connect(settings, "sparse-inference")
     workers = Workers(worker_channel, settings.peer_timeout_s, settings.generate_retries, settings.asked_header_bytes)
     gateway = Gateway(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import logging
 import os
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime, timedelta
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 import typer
@@ -21,7 +19,7 @@ from services.chassis.settings import read
 from services.mesh import commands, model, policy, scrape, start, state, topology
 from services.mesh.local import CannotStart, LocalMesh
 from services.mesh.policy import PolicyError
-from services.mesh.rundir import AlreadyRunning, RunDirectory, write_atomically
+from services.mesh.rundir import RunDirectory, write_atomically
 from services.mesh.settings import MeshSettings
 from services.mesh.state import MeshState
 from services.mesh.topology import Topology, TopologyError
@@ -146,6 +144,7 @@ def token(
     tenant: str = typer.Option(..., help="Whose requests they will be."),
     audience: str = typer.Option("autoglm", help="For whom the token is."),
     minutes: float = typer.Option(60, min=0.1, max=60 * 24 * 30, help="How long it is good."),
+    region: str = typer.Option("", help="Where the tenant's data must stay (istio/clouds); empty: nothing is said."),
 ) -> None:
     """Print a token for a mesh under istio/components/jwt: curl -H "authorization: Bearer $(… token --tenant me)"."""
     from services.mesh.identity import Unusable
@@ -158,7 +157,7 @@ def token(
         issuer = Issuer.open(settings.issuer_dir or directory.issuer)
     except Unusable as error:
         _fail(str(error))
-    print(issuer.token(tenant, audience, timedelta(minutes=minutes), datetime.now(UTC)))
+    print(issuer.token(tenant, audience, timedelta(minutes=minutes), datetime.now(UTC), region))
 
 
 @app.command()
@@ -206,17 +205,8 @@ def prometheus(
 def supervise() -> None:
     """Be the supervisor: what `run` starts in the background."""
     settings, directory = _begin()
-    try:
-        with directory.hold():
-            _log_to(directory, settings)
-            raise typer.Exit(asyncio.run(_supervise(settings)))
-    except (AlreadyRunning, CannotStart) as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
-async def _supervise(settings: MeshSettings) -> int:
-    return await LocalMesh(settings).run()
+    made = start.supervise(directory, "mesh", settings.log_bytes, settings.log_level, lambda: LocalMesh(settings))
+    raise typer.Exit(made)
 
 
 def _begin() -> tuple[MeshSettings, RunDirectory]:
@@ -315,18 +305,6 @@ def _expected(settings: MeshSettings) -> list[str]:
 
 def _patience(settings: MeshSettings) -> float:
     return 3 * settings.start_timeout_s
-
-
-def _log_to(directory: RunDirectory, settings: MeshSettings) -> None:
-    handler = RotatingFileHandler(directory.log("mesh"), maxBytes=settings.log_bytes, backupCount=1, encoding="utf-8")
-    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
-
-
-class _PlainFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        facts = [f"{key}={value}" for key, value in getattr(record, "facts", {}).items()]
-        return " ".join([super().format(record), *facts])
 
 
 def _fail(text: str) -> None:

@@ -17,7 +17,7 @@ from services.chassis.settings import read
 from services.mesh import inputs, policy, state, topology, views
 from services.mesh.differences import at_risk, differences
 from services.mesh.envoy import Admin
-from services.mesh.explain import CannotExplain, Request
+from services.mesh.explain import CannotExplain, NoToken, Request, claims_of, issuers
 from services.mesh.explain import explain as explain_request
 from services.mesh.explain.request import OUTSIDE
 from services.mesh.inputs import Inputs
@@ -109,6 +109,10 @@ def add_to(app: typer.Typer, console: Console) -> None:
         header: Annotated[list[str] | None, typer.Option(help="name:value; may be repeated.")] = None,
         caller: Annotated[str, typer.Option("--from", help="outside, or the service that calls.")] = OUTSIDE,
         method: Annotated[str, typer.Option(help="HTTP method; default: POST for gRPC, else GET.")] = "",
+        token: Annotated[str, typer.Option(help="The token it brings; read, not verified.")] = "",
+        claim: Annotated[
+            list[str] | None, typer.Option(help="name=value of an imagined token; may be repeated.")
+        ] = None,
         directory: Annotated[
             Path | None, typer.Option("--policy", help="Another folder than the running mesh's (or istio/base).")
         ] = None,
@@ -131,6 +135,7 @@ def add_to(app: typer.Typer, console: Console) -> None:
             caller,
             method or ("POST" if is_grpc else "GET"),
             {name.strip().lower(): value.strip() for name, _, value in pairs},
+            _claims(token, claim or [], snapshot, console),
         )
         try:
             story = explain_request(snapshot, loaded, around.registry, request)
@@ -140,7 +145,26 @@ def add_to(app: typer.Typer, console: Console) -> None:
             print(json.dumps(asdict(story), indent=1))
         else:
             views.show_story(request, story, console)
-        raise typer.Exit(0 if story.action != "nothing" else 1)
+        is_refused = story.door is not None and story.door.verdict == "denied"
+        raise typer.Exit(1 if is_refused or story.action == "nothing" else 0)
+
+
+def _claims(token: str, claims: list[str], snapshot: Snapshot, console: Console) -> dict[str, Any] | None:
+    """What the token says, or an imagined one; of claims given twice a list. None: there is no token."""
+    try:
+        found = claims_of(token) if token else {}
+    except NoToken as error:
+        _fail(console, str(error), 2)
+    if claims and not token:
+        found = dict(iss=next(iter(issuers(snapshot)), ""), sub="somebody")
+    given: dict[str, list[str]] = {}
+    for text in claims:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            _fail(console, "a claim is written name=value", 2)
+        given.setdefault(name, []).append(value)
+    found |= {name: values[0] if len(values) == 1 else values for name, values in given.items()}
+    return found if token or claims else None
 
 
 def planned(settings: MeshSettings, console: Console) -> Inputs:

@@ -57,8 +57,8 @@ class Issuer:
         """The public key as a JSON Web Key Set."""
         return json.dumps({"keys": [{**self._public(), "use": "sig", "alg": "ES256", "kid": self._name()}]})
 
-    def token(self, tenant: str, audience: str, lifetime: timedelta, now: datetime) -> str:
-        """A token that lets `tenant` in until `lifetime` is over."""
+    def token(self, tenant: str, audience: str, lifetime: timedelta, now: datetime, region: str = "") -> str:
+        """A token that lets `tenant` in until `lifetime` is over; `region` is where its data must stay."""
         began = int(now.timestamp())
         claims = {
             "iss": ISSUER,
@@ -69,6 +69,7 @@ class Issuer:
             "nbf": began,
             "exp": began + int(lifetime.total_seconds()),
             "jti": secrets.token_hex(8),
+            **({"region": region} if region else {}),
         }
         return self.sign(claims)
 

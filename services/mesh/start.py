@@ -1,7 +1,9 @@
-"""Starts the supervisor as a process of its own, watches it come up, and stops it: for `run`, `smoke` and `stop`."""
+"""The supervisor as a process of its own: starting it, watching it come up, stopping it, and being it."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -9,11 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Protocol
 
 from services.mesh import state
 from services.mesh.local import CannotStart
 from services.mesh.process import LAUNCH
-from services.mesh.rundir import RunDirectory
+from services.mesh.rundir import AlreadyRunning, RunDirectory
 from services.mesh.state import MeshState, Progress
 
 POLL_S = 0.05
@@ -22,6 +27,12 @@ STOP_WAVES = 6
 """At most this many groups of processes are drained one after the other."""
 
 Watcher = Callable[[MeshState], None]
+
+
+class Runs(Protocol):
+    """What a supervisor runs: until it is told to stop, then its exit status."""
+
+    async def run(self) -> int: ...
 
 
 def start(
@@ -97,6 +108,21 @@ def stop(directory: RunDirectory, grace_s: float, watch: Watcher) -> bool:
     return True
 
 
+def supervise(directory: RunDirectory, name: str, log_bytes: int, level: str, make: Callable[[], Runs]) -> int:
+    """Be the supervisor that `start` started: hold the directory, log to `name` there, run. The exit status."""
+
+    async def live() -> int:
+        return await make().run()
+
+    try:
+        with directory.hold():
+            _log_to(directory.log(name), log_bytes, level)
+            return asyncio.run(live())
+    except (AlreadyRunning, CannotStart) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
 def last_words(directory: RunDirectory) -> str:
     """The end of the supervisor's own output."""
     try:
@@ -104,3 +130,15 @@ def last_words(directory: RunDirectory) -> str:
     except FileNotFoundError:
         return ""
     return "\n".join(lines[-15:])
+
+
+def _log_to(path: Path, log_bytes: int, level: str) -> None:
+    handler = RotatingFileHandler(path, maxBytes=log_bytes, backupCount=1, encoding="utf-8")
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        facts = [f"{key}={value}" for key, value in getattr(record, "facts", {}).items()]
+        return " ".join([super().format(record), *facts])

@@ -42,6 +42,8 @@ def show_story(request: Request, story: Explanation, console: Console) -> None:
         _line(console, f"  virtual host  {story.virtual_host}")
     for fact in story.passed_over:
         _line(console, f"  not taken     {fact.what}: {fact.value}{_arrow(fact)}", "dim")
+    if story.door is not None:
+        _line(console, f"  door          {story.door.verdict}: {story.door.why}", _VERDICT[story.door.verdict])
     _facts(story.facts, "  ", console)
     for target in story.targets:
         _line(console, f"  {target.percent:g} % → {target.cluster}", "bold")

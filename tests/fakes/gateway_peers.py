@@ -39,6 +39,7 @@ class WorkerCall:
     metadata: dict[str, Any]
     remaining_s: float | None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: int = 0  # messages that the gateway had room for
     completed: bool = False  # whether the script ran to its own end
 
 
@@ -169,6 +170,7 @@ class _Worker(worker_rpc.SparseInferenceServiceServicer):
         script = peers.scripts.pop(0) if len(peers.scripts) > 1 else peers.scripts[0]
         async for message in script(call):
             yield message
+            call.sent += 1
         call.completed = True
 
     async def Score(self, request: Any, context: Any) -> Any:

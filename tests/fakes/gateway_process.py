@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from autoglm.gateway.v1 import gateway_pb2_grpc
 
 from tests.fakes.gateway_peers import Peers
@@ -42,3 +44,10 @@ def gateway_over(address: str, **environment: str) -> Iterator[GatewayUnderTest]
     with running("services.gateway", **variables) as service:
         port = service.wait_for("listening")["rest_port"]
         yield GatewayUnderTest(service, f"http://127.0.0.1:{port}")
+
+
+def budget_book(factory: pytest.TempPathFactory, text: str) -> Path:
+    """A file of token budgets, in a folder of its own."""
+    path = factory.mktemp("budgets") / "budgets.toml"
+    path.write_text(text)
+    return path

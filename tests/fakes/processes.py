@@ -16,7 +16,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,11 @@ class Service:
 
     def children(self) -> list[int]:
         """Process ids of its direct children."""
-        tasks = Path(f"/proc/{self.pid}/task").iterdir()
-        return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+        found: list[int] = []
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                found += map(int, (task / "children").read_text().split())
+        return found
 
     def log(self, last: int = 40) -> str:
         """The last log lines as text, for a failure's message."""
@@ -138,8 +141,12 @@ def start(module: str, arguments: tuple[str, ...] = (), **environment: str) -> S
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this id exists."""
-    return Path(f"/proc/{pid}").exists()
+    """Whether a process of this id runs: one that nobody has waited for yet is over, too."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return text.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 @contextmanager

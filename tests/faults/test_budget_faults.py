@@ -24,7 +24,7 @@ from services.gateway.budgets.redis_ledger import PREFIX, Shared
 from services.gateway.tenancy import TENANT_HEADER
 from tests.fakes import redis_server
 from tests.fakes.gateway_peers import MODEL, Peers, breaks, ends_silently, hangs, says
-from tests.fakes.gateway_process import GatewayUnderTest, gateway_over, listening_peers
+from tests.fakes.gateway_process import GatewayUnderTest, budget_book, gateway_over, listening_peers
 from tests.fakes.redis_server import RealRedis
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -59,9 +59,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRedis]:
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("budgets") / "budgets.toml"
-    path.write_text(BOOK)
-    return path
+    return budget_book(tmp_path_factory, BOOK)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +151,7 @@ async def test_a_worker_that_dies_or_a_deadline_settles(
 ) -> None:
     """However a begun stream ends, what came is used and the rest goes back."""
     peers.scripts = [script]
-    text, (code, _) = await ask(gateway, tenant, timeout=1 if tenant == "late" else 20)
+    text, (code, _) = await ask(gateway, tenant, timeout=3 if tenant == "late" else 20)
     assert text == "abc" and code is not grpc.StatusCode.OK
     assert await settled(gateway, tenant) == 3 + 3
 
@@ -277,7 +275,7 @@ async def _played(shared: Shared, name: str, budget: Budget, dice: random.Random
 
 async def test_a_store_that_dies_or_hangs_is_told_and_bounded(redis: RealRedis) -> None:
     """Without the store a gateway goes on from where it saw the bucket; back and empty, it gives nothing twice."""
-    shared = Shared(redis.url, 0.25, 4, Local(100), 1.0)
+    shared = Shared(redis.url, 1.0, 4, Local(100), 1.0)
     told, off = (FALLBACKS.labels(kind=kind)._value for kind in ("budget_store", "budget_store_off"))
     first = await shared.take("stranded", SLOW, 70)
     assert first.is_granted and first.is_shared

@@ -173,7 +173,7 @@ async def test_a_full_disk_turns_spilling_off_and_serving_goes_on(small_disk: Pa
         assert 'autoglm_fallback_total{kind="cache_disk_write"}' in service.metrics()
         ballast.unlink()
         fresh = kv_blocks.block(kv_blocks.chain(3, 1)[0], 9000)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while not (await put(service.address, [fresh])).stored:
                 pass
         assert right(await get(service.address, [fresh.key]), 9000)

@@ -15,6 +15,7 @@ import openai
 import pytest
 import pytest_asyncio
 from autoglm.gateway.v1 import gateway_pb2 as pb
+from autoglm.gateway.v1 import gateway_pb2_grpc
 
 from services.chassis.errors import Unavailable, WrongVariant
 from services.gateway.clients import Tokenizer
@@ -241,11 +242,18 @@ async def test_a_grpc_client_that_cancels_frees_the_worker(gateway: GatewayUnder
 
 async def test_a_client_that_does_not_read_holds_the_worker_back(gateway: GatewayUnderTest, peers: Peers) -> None:
     """A full pipe stops the worker instead of filling the gateway's memory, and the client's end frees it."""
-    peers.scripts = [floods()]
-    async with gateway.stub() as stub:
-        stream = stub.Generate(pb.GenerateRequest(model=MODEL, text="hi"))
+    peers.scripts = [floods(), says("")]
+    # On a connection of its own: over one that is full, the requests of others would wait as well.
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    async with grpc.aio.insecure_channel(gateway.service.address, options=options) as channel:
+        stream = gateway_pb2_grpc.GatewayServiceStub(channel).Generate(pb.GenerateRequest(model=MODEL, text="hi"))
         await anext(aiter(stream))
-        call = await peers.call()
+        call, taken = await peers.call(), -1
+        async with asyncio.timeout(20):
+            while taken != call.sent:  # until nothing is taken from the worker during three requests of others
+                taken = call.sent
+                assert [await ask(gateway) for _ in range(3)] == [("", None)] * 3
+        assert not call.ended.is_set()
         stream.cancel()
         await asyncio.wait_for(call.ended.wait(), 20)
     await is_idle(gateway, peers)
@@ -255,7 +263,7 @@ async def test_a_client_that_does_not_read_is_cut_at_its_deadline(gateway: Gatew
     """Not reading keeps no worker past the deadline."""
     peers.scripts = [floods()]
     async with gateway.stub() as stub:
-        stream = stub.Generate(pb.GenerateRequest(model=MODEL, text="hi"), timeout=1)
+        stream = stub.Generate(pb.GenerateRequest(model=MODEL, text="hi"), timeout=3)
         await anext(aiter(stream))
         call = await peers.call()
         await asyncio.wait_for(call.ended.wait(), 20)
@@ -266,10 +274,10 @@ async def test_a_client_that_does_not_read_is_cut_at_its_deadline(gateway: Gatew
 async def test_the_deadline_ends_everything(gateway: GatewayUnderTest, peers: Peers) -> None:
     """A worker that hangs is left at the caller's deadline, which it knew."""
     peers.scripts = [hangs("Hello")]
-    _, error = await ask(gateway, timeout=1)
+    _, error = await ask(gateway, timeout=3)
     assert error is not None and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     call = await peers.call()
-    assert call.remaining_s is not None and call.remaining_s < 1.1  # gRPC rounds up on the wire
+    assert call.remaining_s is not None and call.remaining_s < 3.1  # gRPC rounds up on the wire
     await asyncio.wait_for(call.ended.wait(), 20)
     await is_idle(gateway, peers)
 

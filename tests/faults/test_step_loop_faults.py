@@ -20,7 +20,7 @@ ENDLESS = 1_000_000
 GREEDY = Sampling(temperature=0)
 SCOPE = scope_key("v", "t", BLOCK)
 BAD = 200
-"""A token after which the executor below gives NaN; it never generates it."""
+"""A token after which the executor below gives NaN; outside its vocabulary, so it neither generates nor scores it."""
 
 
 class PoisonedExecutor(CountingExecutor):
@@ -31,8 +31,9 @@ class PoisonedExecutor(CountingExecutor):
     def step(self, spans: Sequence[Span]) -> list[F32 | None]:
         results = super().step(spans)
         for span, logits in zip(spans, results, strict=True):
-            if logits is not None and span.token_ids[-1] == BAD:
-                logits[-1, 5] = np.nan
+            for row, token in () if logits is None else zip(reversed(logits), reversed(span.token_ids), strict=False):
+                if token == BAD:
+                    row[5] = np.nan
         return results
 
     def write_page(self, page: int, payload: bytes) -> None:
@@ -93,7 +94,7 @@ def test_logits_that_are_no_numbers_end_their_request(loop: Loop) -> None:
 
 def test_scores_of_nan_end_their_request(loop: Loop) -> None:
     """Teacher forcing refuses NaN as well, and reports the failure once, however many spans the prompt has."""
-    mate_survives(loop, {"score_from": 1}, [BAD] * 30)
+    mate_survives(loop, {"score_from": 1}, [BAD] + [3] * 29)
 
 
 def test_a_request_that_cannot_begin_ends_alone(loop: Loop, executor: PoisonedExecutor) -> None:

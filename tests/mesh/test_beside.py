@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 import urllib.error
@@ -16,9 +17,11 @@ import pytest
 from services.mesh import ports
 from tests.fakes.processes import Service, running
 
-HOSTS = {"gateway": "127.0.0.2", "tokenizer": "127.0.0.3", "scheduler": "127.0.0.4", "cache": "127.0.0.5"}
-WORKER = "127.0.0.6"
-ENVOY = "127.0.0.7"
+NETWORK = f"127.{random.randint(1, 254)}.{random.randint(0, 255)}"
+"""The ports are those of compose.yaml, so each run has addresses of its own: two of them may run beside each other."""
+HOSTS = {name: f"{NETWORK}.{n}" for n, name in enumerate(("gateway", "tokenizer", "scheduler", "cache"), 2)}
+WORKER = f"{NETWORK}.6"
+ENVOY = f"{NETWORK}.7"
 PATIENCE_S = 20.0
 
 
@@ -107,8 +110,9 @@ def test_services_that_come_by_themselves_are_found_and_missed(compose: Compose)
     _, text = compose.ask()
     # The very first may come before the worker's lease; from then on the scheduler chooses.
     until(lambda: compose.ask() == (200, text) and "scheduler" in routed(worker), "the scheduler chose nobody")
+    seen = len(compose.envoy.lines)
     worker.terminate()
-    compose.envoy.wait_until(lambda line: line.get("message") == "went")
+    compose.envoy.wait_for("went", after=seen)
     assert compose.ask()[0] == 503
     compose.start("sparse-inference")
     until(lambda: compose.ask()[0] == 200, "the worker was not found again")

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.tenancy import TENANT_HEADER
 from tests.fakes.gateway_peers import MODEL, Peers, breaks, says
-from tests.fakes.gateway_process import GatewayUnderTest, gateway_over, listening_peers
+from tests.fakes.gateway_process import GatewayUnderTest, budget_book, gateway_over, listening_peers
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -39,9 +39,7 @@ async def server() -> AsyncIterator[Peers]:
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("budgets") / "budgets.toml"
-    path.write_text(BOOK)
-    return path
+    return budget_book(tmp_path_factory, BOOK)
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +235,13 @@ async def test_a_wrong_file_stops_the_start(tmp_path: Path) -> None:
         gateway_over("127.0.0.1:1", AUTOGLM_TOKEN_BUDGETS=str(path)),
     ):
         pass
+
+
+async def test_a_store_that_cannot_be_one_stops_the_start() -> None:
+    """One line that names the setting, without what may be a password; no traceback, and it does not start."""
+    with (
+        pytest.raises(AssertionError, match="AUTOGLM_BUDGET_STORE_URL: the host or the port") as told,
+        gateway_over("127.0.0.1:1", AUTOGLM_BUDGET_STORE_URL="redis://someone:hunter2@store:port/1"),
+    ):
+        pass
+    assert "Traceback" not in str(told.value) and "hunter2" not in str(told.value)

@@ -29,7 +29,7 @@ class Servicer(rpc.TokenizerServiceServicer):
 
     def __init__(self) -> None:
         self.next: rpc.TokenizerServiceStub | None = None
-        self.release = asyncio.Event()
+        self.waiting, self.release = asyncio.Event(), asyncio.Event()
         self.regions: list[str] = []
 
     async def Encode(self, request: Any, context: Any) -> pb.EncodeResponse:
@@ -37,6 +37,7 @@ class Servicer(rpc.TokenizerServiceServicer):
         if request.text == "bug":
             raise RuntimeError("secret detail")
         if request.text == "wait":
+            self.waiting.set()
             await self.release.wait()
         left = deadlines.remaining_s()
         answers = [-1 if left is None else int(left * 1000)]
@@ -158,12 +159,11 @@ async def test_a_drain_finishes_running_calls(member: tuple[Member, Servicer]) -
             drained.set()
 
         made.before_drain(note)
-        await channel.channel_ready()
-        await asyncio.sleep(0)
+        await servicer.waiting.wait()
         while not serving.done() and not drained.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.wait({asyncio.create_task(drained.wait()), serving}, timeout=1)
         os.kill(os.getpid(), signal.SIGTERM)
         servicer.release.set()
         assert (await call).token_ids
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, 20)

@@ -51,7 +51,7 @@ async def test_a_stream_that_is_left_early_still_ends_its_span(
     assert (await anext(aiter(call))).status == health_pb2.HealthCheckResponse.SERVING
     assert not ended.spans
     call.cancel()
-    await asyncio.wait_for(ended.come.wait(), 10)
+    await asyncio.wait_for(ended.come.wait(), 20)
     (span,) = ended.spans
     assert span.name == "/grpc.health.v1.Health/Watch" and span.end_time is not None
     assert span.status.is_unset
@@ -64,7 +64,7 @@ async def test_a_stream_that_fails_says_so_on_its_span(traced: tuple[health_pb2_
     with pytest.raises(grpc.aio.AioRpcError):
         async for _ in call:
             pass
-    await asyncio.wait_for(ended.come.wait(), 10)
+    await asyncio.wait_for(ended.come.wait(), 20)
     (span,) = ended.spans
     assert span.attributes is not None
     assert span.attributes["rpc.grpc.status_code"] == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
@@ -81,5 +81,5 @@ async def test_untraced_work_leaves_no_span_and_says_so_to_the_next_hop(
         inject(carrier)
     assert carrier["traceparent"].endswith("-00")
     await stub.Check(health_pb2.HealthCheckRequest())
-    await asyncio.wait_for(ended.come.wait(), 10)
+    await asyncio.wait_for(ended.come.wait(), 20)
     assert [span.name for span in ended.spans] == ["/grpc.health.v1.Health/Check"]

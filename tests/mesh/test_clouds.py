@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import autoglm
+import httpx
 import pytest
 
 from benchmarks.clouds import Clouds, running_clouds
@@ -28,21 +29,31 @@ pytestmark = [
 ]
 LOST, REGION = "azure", "eastus"
 GATEWAYS = "outbound_.50051_._.gateway"
+BUDGET = 7_654_321
 ENDS_WITHIN_S = 20.0
 """Generous: a silent peer is given up after about three seconds on a machine that has time."""
 
 
 @pytest.fixture(scope="module")
-def clouds() -> Iterator[Clouds]:
-    """Three clouds with one worker each, and a store of blocks between them where a server for it is installed."""
+def clouds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clouds]:
+    """Three clouds with one worker each, and a store of blocks between them where a server for it is installed.
+
+    One tenant has a budget, which its answers tell: so a test sees whom a gateway took a caller for.
+    """
     shares = shared_cache.find("127.0.0.1", 1) is not None
-    with running_clouds(AUTOGLM_FEDERATION_RAMP_S="1", AUTOGLM_CLOUDS_SHARED_CACHE=str(shares)) as made:
+    budgets = tmp_path_factory.mktemp("budgets") / "budgets.toml"
+    budgets.write_text(f"version = 1\n[tenants.acme]\ntokens_per_minute = {BUDGET}\n")
+    with running_clouds(
+        AUTOGLM_FEDERATION_RAMP_S="1",
+        AUTOGLM_CLOUDS_SHARED_CACHE=str(shares),
+        AUTOGLM_TOKEN_BUDGETS=str(budgets),
+    ) as made:
         yield made
 
 
 def ask(clouds: Clouds, door: str, region: str = "", max_tokens: int = 16) -> Answer:
     """One answer through a cloud's door."""
-    return asking.ask(clouds.ingress(door), MODEL, region, max_tokens=max_tokens)
+    return asking.ask(clouds.ingress(door), MODEL, clouds.token(), region, max_tokens=max_tokens)
 
 
 def answers(clouds: Clouds, door: str, region: str) -> bool:
@@ -61,6 +72,56 @@ def test_every_cloud_gives_the_same_tokens(clouds: Clouds) -> None:
     assert {(answer.token_ids, answer.variant_digest) for answer in answers} == {
         (answers[0].token_ids, answers[0].variant_digest)
     }
+
+
+def completion(clouds: Clouds, door: str, headers: dict[str, str]) -> httpx.Response:
+    """One short answer over REST."""
+    body = {"model": MODEL, "prompt": "import os\n", "max_tokens": 2}
+    return httpx.post(f"http://{clouds.ingress(door)}/v1/completions", json=body, headers=headers, timeout=60)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def test_every_door_asks_for_a_token_and_takes_the_others(clouds: Clouds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one nobody is let in, over REST or gRPC; the issuer that all clouds share is good at each of them."""
+    monkeypatch.delenv("AUTOGLM_TOKEN", raising=False)
+    token = clouds.token("acme")
+    for cloud in clouds.state.clouds:
+        without = completion(clouds, cloud.name, {})
+        assert (without.status_code, without.json()["error"]["code"]) == (401, "missing_token")
+        assert completion(clouds, cloud.name, bearer("x.y.z")).status_code == 401
+        assert completion(clouds, cloud.name, bearer(token)).status_code == 200
+        with pytest.raises(NoAnswer, match="AccessDeniedError"):
+            asking.ask(clouds.ingress(cloud.name), MODEL, None)
+
+
+@pytest.mark.parametrize("region", ["aws", "gcp", "azure"])
+def test_a_gateway_hears_the_tenant_of_the_token_across_clouds(clouds: Clouds, region: str) -> None:
+    """Whether it is here or behind another cloud's east-west gateway; whom a caller names himself is nobody."""
+    pinned = {"x-data-region": region}
+    mine = completion(clouds, "aws", bearer(clouds.token("acme")) | pinned)
+    assert mine.status_code == 200, mine.text
+    assert mine.headers["x-ratelimit-limit-tokens"] == str(BUDGET)
+    forged = completion(clouds, "aws", bearer(clouds.token("mallory")) | pinned | {"x-autoglm-tenant": "acme"})
+    assert forged.status_code == 200, forged.text
+    assert "x-ratelimit-limit-tokens" not in forged.headers
+
+
+def test_the_region_in_a_token_is_the_word_that_counts(clouds: Clouds) -> None:
+    """It wins over the caller's header, cannot be forged, and one that does not exist is refused."""
+    began = time.time()
+    answer = completion(clouds, "aws", bearer(clouds.token("acme", "gcp")) | {"x-data-region": "aws"})
+    assert answer.status_code == 200, answer.text
+    forged = {"x-autoglm-region": "aws"}
+    assert completion(clouds, "aws", bearer(clouds.token("acme", "gcp")) | forged).status_code == 200
+    nowhere = completion(clouds, "aws", bearer(clouds.token("acme", "mars")) | {"x-data-region": "aws"})
+    assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (400, "unknown_region")
+    clouds.until(
+        lambda: len([at for at in clouds.served("gcp", "gateway~inbound", "/v1/completions") if at >= began]) == 2,
+        "both went to gcp",
+    )
 
 
 def test_a_model_pushed_in_one_cloud_is_fetched_in_another(clouds: Clouds, tmp_path: Path) -> None:
@@ -82,7 +143,7 @@ def test_a_prefix_computed_in_one_cloud_is_found_in_another(clouds: Clouds) -> N
         pytest.skip("neither valkey-server nor redis-server is installed (make packages): sharing is NOT tested")
 
     def cached(name: str, prompt: str) -> int:
-        with autoglm.Client(clouds.ingress(name), model=MODEL, timeout=60) as client:
+        with autoglm.Client(clouds.ingress(name), model=MODEL, token=clouds.token(), timeout=60) as client:
             metadata = {"x-data-region": name}
             return client.generate(prompt, max_tokens=2, seed=1, metadata=metadata).usage.cached_tokens
 
@@ -113,7 +174,7 @@ def test_a_cloud_that_vanishes_without_a_word(clouds: Clouds) -> None:
     begun = threading.Event()
 
     def long_answer() -> Answer:
-        return asking.ask(clouds.ingress("aws"), MODEL, LOST, max_tokens=1800, on_text=begun.set)
+        return asking.ask(clouds.ingress("aws"), MODEL, clouds.token(), LOST, max_tokens=1800, on_text=begun.set)
 
     with ThreadPoolExecutor(1) as pool:
         under_way: Future[Answer] = pool.submit(long_answer)
@@ -130,6 +191,8 @@ def test_a_cloud_that_vanishes_without_a_word(clouds: Clouds) -> None:
                 assert ask(clouds, name).token_ids
                 with pytest.raises(NoAnswer, match="UnavailableError"):
                     ask(clouds, name, LOST)
+                with pytest.raises(NoAnswer, match="UnavailableError"):  # and what its token pins there
+                    asking.ask(clouds.ingress(name), MODEL, clouds.token(region=LOST), name)
         finally:
             clouds.plug(LOST)
     for name in ("aws", "gcp"):

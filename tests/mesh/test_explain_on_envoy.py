@@ -5,10 +5,13 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from services.mesh.explain import Explanation, Request, explain
+from services.mesh.issuer import AUDIENCE, ISSUER, JWKS_URI, Issuer
+from services.mesh.keys import Keys
 from services.mesh.policy import Policy, load
 from services.mesh.registry import Registry, Service, ServicePort
 from services.mesh.translate import translate
@@ -58,6 +61,17 @@ HOSTS = (
         "nobody",
         "models.example.org",
     ),
+)
+GOOD = {"iss": ISSUER, "sub": "alice", "aud": AUDIENCE, "tenant": "acme"}
+CLAIMS: tuple[dict[str, Any] | None, ...] = (
+    GOOD,
+    GOOD | {"region": "gcp"},
+    GOOD | {"aud": ["x", AUDIENCE], "region": "mars"},
+    None,
+    GOOD | {"aud": "x"},
+    GOOD | {"iss": "somebody"},
+    {"iss": ISSUER, "sub": "alice", "aud": AUDIENCE},
+    GOOD,
 )
 REQUESTS = 240
 
@@ -130,9 +144,13 @@ async def test_explain_names_what_envoy_chooses(tmp_path: Path, folder: str) -> 
     policy: Policy = load(ROOT / folder)
     if folder.endswith("everything"):  # its faults would answer before a cluster is chosen, its logs leave lines out
         policy = replace(_without_faults(policy), telemetries=())
+    issuer = Issuer.open(tmp_path / "issuer")
+    policy = await Keys({JWKS_URI: lambda: issuer.jwks}).filled(policy)
     node = node_settings(tmp_path)
     snapshot = translate(policy, registry(), node)
     requests = some_requests(seed=len(folder))
+    if "clouds" in folder:
+        requests = [with_token(request, number, issuer) for number, request in enumerate(requests)]
     async with EnvoyProcess(snapshot, node):
         statuses = [
             await send(node.ingress_port if request.caller == "outside" else node.outbound_port, request)
@@ -148,13 +166,27 @@ async def test_explain_names_what_envoy_chooses(tmp_path: Path, folder: str) -> 
     for request, status, story in zip(requests, statuses, stories, strict=True):
         entry = by_number[request.path.partition("n=")[2].partition("&")[0]]
         assert entry["listener"] == story.listener
-        if not agrees(entry, status, story):
+        is_refused = str(entry["details"]).startswith(("jwt_authn", "rbac"))
+        if story.door is not None and (is_refused != (story.door.verdict == "denied")):
+            wrong.append(f"{request}: Envoy {status}, explain {story.door}")
+        elif not is_refused and not agrees(entry, status, story):
             told = [target.cluster for target in story.targets] or story.action
             wrong.append(f"{request}: Envoy {status} {entry['cluster']}, explain {told} ({story.route})")
     assert wrong == []
+    verdicts = {story.door.verdict for story in stories if story.door is not None}
+    assert "allowed" in verdicts and ("denied" in verdicts) == ("clouds" in folder)
     kinds = {story.action for story in stories}
     assert kinds >= {"forward", "nothing"}, "the requests must be worth comparing"
     assert len({target.cluster for story in stories for target in story.targets}) >= 6
+
+
+def with_token(request: Request, number: int, issuer: Issuer) -> Request:
+    """The same request with one of several tokens, or none, where it comes from outside."""
+    claims = CLAIMS[number % len(CLAIMS)]
+    if request.caller != "outside" or claims is None:
+        return request
+    signed = issuer.sign({"exp": 4_000_000_000, **claims})
+    return replace(request, claims=claims, headers={**request.headers, "authorization": f"Bearer {signed}"})
 
 
 def _without_faults(policy: Policy) -> Policy:

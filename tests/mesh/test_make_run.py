@@ -25,6 +25,7 @@ from services.mesh import demo, ports, state
 from services.mesh.rundir import RunDirectory
 from services.mesh.settings import FIXED_PORTS
 from services.mesh.state import MeshState
+from tests.fakes.processes import is_alive
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE_S = 20.0
@@ -186,7 +187,7 @@ def test_a_killed_worker_comes_back_while_the_other_serves(mesh: Mesh) -> None:
     victim = next(item for item in mesh.state().processes if item.name == "sparse-inference-v1-0")
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
-    mesh.until(lambda now: process(now, victim.name).phase != "ready")
+    mesh.until(lambda now: process(now, victim.name).phase != "ready" or process(now, victim.name).pid != victim.pid)
     assert ask(mesh).text
     back = mesh.until(lambda now: process(now, victim.name).restarts > victim.restarts and all_ready(now))
     assert process(back, victim.name).last_exit == "killed by SIGKILL"
@@ -210,12 +211,14 @@ def test_decisions_of_a_real_run_replay_and_hold_no_prompt(mesh: Mesh) -> None:
     os.kill(victim.pid, signal.SIGKILL)
     mesh.until(lambda now: process(now, "scheduler").restarts > victim.restarts and all_ready(now))
     mesh.until(lambda _: placed_again())
+    least = decisions()
     done = subprocess.run(
         [sys.executable, "-m", "services.scheduler.replay", str(log)],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(rf"identical +{decisions()}\n", done.stdout), done.stdout
+    identical = re.search(r"identical +(\d+)\n", done.stdout)
+    assert identical and least <= int(identical[1]) <= decisions(), done.stdout  # the last may have come late
     assert b"release the lock" not in log.read_bytes()
 
 
@@ -319,7 +322,7 @@ def test_stop_is_complete_and_may_be_repeated(tmp_path: Path) -> None:
             pids = [item.pid for item in lone.state().processes]
             end()
             deadline = time.monotonic() + DEADLINE_S
-            while any(lives(pid) for pid in pids if pid is not None):
+            while any(is_alive(pid) for pid in pids if pid is not None):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     finally:
@@ -339,11 +342,3 @@ def process(now: MeshState, name: str) -> state.ProcessState:
 
 def all_ready(now: MeshState) -> bool:
     return all(item.phase == "ready" for item in now.processes)
-
-
-def lives(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return text.rsplit(")", 1)[1].split()[0] != "Z"

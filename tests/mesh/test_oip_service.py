@@ -165,14 +165,16 @@ async def test_a_refusal_on_a_stream_carries_its_reason(stub: rpc.GRPCInferenceS
 
 async def test_leaving_a_stream_frees_the_slots(worker: Service, stub: rpc.GRPCInferenceServiceStub) -> None:
     """A client that cancels its stream leaves nothing running."""
-    call = stub.ModelStreamInfer(iter([tokens("a", 2000), tokens("b", 2000)]))
-    async for _ in call:
-        call.cancel()
-        break
     async with grpc.aio.insecure_channel(worker.address) as channel, asyncio.timeout(20):
-        load = worker_rpc.SparseInferenceServiceStub(channel)
-        while (await load.GetLoad(worker_pb.GetLoadRequest())).running:
+        own = worker_rpc.SparseInferenceServiceStub(channel)
+        before = await own.GetLoad(worker_pb.GetLoadRequest())
+        call = stub.ModelStreamInfer(iter([tokens("a", 2000), tokens("b", 2000)]))
+        async for _ in call:
+            call.cancel()
+            break
+        while (load := await own.GetLoad(worker_pb.GetLoadRequest())).running:
             pass
+    assert 0 < load.generated_tokens - before.generated_tokens < 2000, "nothing was computed to its end"
 
 
 async def test_the_metrics_page_has_vllms_names(worker: Service, stub: rpc.GRPCInferenceServiceStub) -> None:

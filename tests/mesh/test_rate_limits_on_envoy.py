@@ -23,7 +23,7 @@ from services.mesh.registry import Endpoint, Registry, Service, ServicePort
 from services.mesh.translate import NodeSettings, Snapshot, translate
 from tests.fakes.envoy_process import EnvoyProcess, node_settings
 from tests.fakes.gateway_peers import MODEL, Peers, hangs, says
-from tests.fakes.gateway_process import GatewayUnderTest, gateway_over, listening_peers
+from tests.fakes.gateway_process import GatewayUnderTest, budget_book, gateway_over, listening_peers
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -112,8 +112,7 @@ async def server() -> AsyncIterator[Peers]:
 
 @pytest.fixture(scope="module")
 def gateway(server: Peers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayUnderTest]:
-    book = tmp_path_factory.mktemp("budgets") / "budgets.toml"
-    book.write_text(BOOK)
+    book = budget_book(tmp_path_factory, BOOK)
     with gateway_over(server.address, AUTOGLM_TOKEN_BUDGETS=str(book)) as one:
         yield one
 

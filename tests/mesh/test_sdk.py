@@ -267,10 +267,11 @@ async def test_nobody_there_is_unavailable(client: Any, gateway: FakeGateway) ->
 async def test_a_deadline_travels_and_fires(client: Any, gateway: FakeGateway) -> None:
     """The server sees the time left; when it passes, the partial is kept and the server is told."""
     gateway.script(delta("slow"), forever())
-    with pytest.raises(DeadlineError, match=r"timeout=0\.7 s") as caught:
-        await client.generate("x", model="m", timeout=0.7)
+    await client.models()  # connected: the time below is for the answer
+    with pytest.raises(DeadlineError, match=r"timeout=1\.5 s") as caught:
+        await client.generate("x", model="m", timeout=1.5)
     assert caught.value.partial_text == "slow"
-    assert gateway.remaining_s[-1] is not None and 0 < gateway.remaining_s[-1] < 0.8  # gRPC rounds up
+    assert gateway.remaining_s[-1] is not None and 0 < gateway.remaining_s[-1] < 1.6  # gRPC rounds up
     await gateway.cancelled.wait()
 
 
@@ -351,7 +352,9 @@ async def test_async_timeouts_of_asyncio_work(gateway: FakeGateway) -> None:
     gateway.script(delta("a"), forever())
     async with AsyncClient(gateway.target) as client:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(None) as limit:
+                passing = asyncio.create_task(gateway.started.wait())
+                passing.add_done_callback(lambda _: limit.reschedule(0))  # a time that has passed
                 await client.generate("x")
         await gateway.cancelled.wait()
 
@@ -403,10 +406,13 @@ async def test_calls_in_parallel_do_not_mix(client: Any, gateway: FakeGateway) -
     assert [answer.text for answer in answers] == [f"word{number} x" for number in range(16)]
 
 
-async def test_the_answer_of_an_endless_server_is_bounded(gateway: FakeGateway) -> None:
+@pytest.mark.parametrize("kind", [Threaded, Awaited], ids=["sync", "async"])
+async def test_the_answer_of_an_endless_server_is_bounded(gateway: FakeGateway, kind: Any) -> None:
     """Memory has a limit; passing it cancels the call."""
     gateway.script(*[delta("x" * 1000)] * 50, forever())
-    async with AsyncClient(gateway.target, max_answer_bytes=20_000) as client:
-        with pytest.raises(InterruptedStreamError, match="max_answer_bytes"):
-            await client.generate("x")
-        await gateway.cancelled.wait()
+    client = kind(gateway.target, max_answer_bytes=20_000)
+    with pytest.raises(InterruptedStreamError, match="max_answer_bytes") as caught:
+        await client.generate("x")
+    await gateway.cancelled.wait()
+    assert 0 < len(caught.value.partial_text) <= 20_000
+    await client.close()

@@ -15,6 +15,7 @@ from autoglm.type.v1 import generation_pb2
 from tests.fakes.processes import Service, running
 
 PROMPT = [1, 2, 50, 60, 70, 80, 90, 100, 110, 120, 130, 140, 150, 160, 170, 180, 190, 200, 210, 220]
+LONG = 2000
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,18 @@ async def collect(call: object) -> tuple[list[int], pb.Finish, list[pb.PositionL
     return ids, finish, scores
 
 
-async def idle(stub: rpc.SparseInferenceServiceStub) -> None:
-    """Returns when nothing runs any more; each look is a round trip to the worker."""
+async def idle(stub: rpc.SparseInferenceServiceStub) -> pb.GetLoadResponse:
+    """The load when nothing runs any more; each look is a round trip to the worker."""
     async with asyncio.timeout(20):
-        while (await stub.GetLoad(pb.GetLoadRequest())).running:
+        while (load := await stub.GetLoad(pb.GetLoadRequest())).running:
             pass
+    return load
+
+
+async def was_left(stub: rpc.SparseInferenceServiceStub, before: pb.GetLoadResponse) -> None:
+    """Nothing runs any more, and a request of LONG tokens did not get there by being computed to its end."""
+    load = await idle(stub)
+    assert load.generated_tokens - before.generated_tokens < LONG
 
 
 async def refusal(call: object) -> tuple[grpc.StatusCode, str]:
@@ -185,18 +193,20 @@ async def test_more_than_the_queue_holds_is_refused_and_the_rest_is_served(
 
 async def test_cancelling_frees_the_slot(stub: rpc.SparseInferenceServiceStub) -> None:
     """A caller that goes away leaves no running request behind."""
-    call = stub.Generate(ask(max_tokens=2000))
+    before = await stub.GetLoad(pb.GetLoadRequest())
+    call = stub.Generate(ask(max_tokens=LONG))
     async for _ in call:
         call.cancel()
         break
-    await idle(stub)
+    await was_left(stub, before)
 
 
 async def test_a_deadline_ends_the_stream(stub: rpc.SparseInferenceServiceStub) -> None:
     """When the caller's time is up the stream ends with DEADLINE_EXCEEDED and the slot is free."""
-    code, _ = await refusal(stub.Generate(ask(max_tokens=2000), timeout=0.3))
+    before = await stub.GetLoad(pb.GetLoadRequest())
+    code, _ = await refusal(stub.Generate(ask(max_tokens=LONG), timeout=0.3))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    await idle(stub)
+    await was_left(stub, before)
 
 
 async def test_the_model_is_described(stub: rpc.SparseInferenceServiceStub) -> None:

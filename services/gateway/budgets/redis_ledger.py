@@ -29,6 +29,7 @@ from services.chassis import telemetry
 from services.chassis.breaker import Breaker
 from services.gateway.budgets.bucket import Budget
 from services.gateway.budgets.ledger import Answer, Local, shared_out
+from services.gateway.budgets.store_url import checked
 
 PREFIX = "autoglm:tokens:1:"
 
@@ -103,11 +104,12 @@ class Shared:
     def __init__(
         self, url: str, timeout_s: float, connections: int, local: Local, share: float, tenants: int = 10_000
     ) -> None:
+        """Raises `WrongStore`."""
         self._timeout_s, self._local, self._share, self._most = timeout_s, local, share, tenants
         self._breaker = Breaker()
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
         pool: Any = redis.asyncio.BlockingConnectionPool.from_url(  # the client's types change from release to release
-            url,
+            checked(url),
             max_connections=connections,
             timeout=timeout_s,
             socket_timeout=timeout_s,

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import sys
-from logging.handlers import RotatingFileHandler
 
 import typer
 from rich.console import Console
 
 from services.chassis.settings import read
 from services.mesh import start
-from services.mesh.clouds import network, state
+from services.mesh.clouds import asking, network, state
 from services.mesh.clouds.settings import CloudsSettings
 from services.mesh.clouds.state import CloudsState
 from services.mesh.clouds.supervise import Clouds
 from services.mesh.local import CannotStart
-from services.mesh.rundir import AlreadyRunning, RunDirectory
+from services.mesh.rundir import RunDirectory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+LOG_BYTES = 1 << 20
+"""Of the clouds' own log; each mesh bounds its own."""
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -75,21 +74,30 @@ def status() -> None:
     present.show(_running(directory), console)
 
 
+@app.command()
+def token(
+    tenant: str = typer.Option(asking.TENANT, help="Whose requests they will be."),
+    region: str = typer.Option(
+        "", help="The cloud in which the tenant's data must stay; empty: the caller may choose."
+    ),
+) -> None:
+    """Print a token that every cloud takes."""
+    from services.mesh.issuer import is_tenant
+
+    settings, directory = _begin()
+    if not is_tenant(tenant):
+        _fail("a tenant has 1 to 64 printable ASCII characters without spaces")
+    try:
+        print(asking.token(settings.issuer_dir or directory.issuer, tenant, region))
+    except asking.NoAnswer as error:
+        _fail(str(error))
+
+
 @app.command(hidden=True)
 def supervise() -> None:
     """Be the supervisor: what `run` starts in the background."""
     settings, directory = _begin()
-    try:
-        with directory.hold():
-            _log_to(directory, settings)
-            raise typer.Exit(asyncio.run(_supervise(settings)))
-    except (AlreadyRunning, CannotStart) as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
-async def _supervise(settings: CloudsSettings) -> int:
-    return await Clouds(settings).run()
+    raise typer.Exit(start.supervise(directory, "clouds", LOG_BYTES, settings.log_level, lambda: Clouds(settings)))
 
 
 def _begin() -> tuple[CloudsSettings, RunDirectory]:
@@ -103,12 +111,6 @@ def _running(directory: RunDirectory) -> CloudsState:
         console.print("no clouds are running; start them with: make clouds")
         raise typer.Exit(3)
     return current
-
-
-def _log_to(directory: RunDirectory, settings: CloudsSettings) -> None:
-    handler = RotatingFileHandler(directory.log("clouds"), maxBytes=1 << 20, backupCount=1, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
 
 
 def _fail(text: str) -> None:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from autoglm import AutoglmError, Client, Delta, Done
+
+from services.mesh.identity import Unusable
+from services.mesh.issuer import AUDIENCE, Issuer
 
 PROMPT = "def read_lines(path):\n"
 MAX_TOKENS = 32
 SEED = 7
 TEMPERATURE = 0.8
 REGION_HEADER = "x-data-region"
+TENANT = "me"
+"""In whose name the clouds are asked by those who start and try them."""
+TOKEN_LIFETIME = timedelta(hours=12)
 
 
 class NoAnswer(Exception):
@@ -30,16 +38,26 @@ class Answer:
     total_s: float
 
 
+def token(issuer: Path, tenant: str = TENANT, region: str = "") -> str:
+    """A token that every cloud takes; `region` is where the tenant's data must stay. Raises `NoAnswer`."""
+    try:
+        return Issuer.open(issuer).token(tenant, AUDIENCE, TOKEN_LIFETIME, datetime.now(UTC), region)
+    except Unusable as error:
+        raise NoAnswer(str(error)) from None
+
+
 def ask(
     ingress: str,
     model: str,
+    bearer: str | None,
     region: str = "",
     prompt: str = PROMPT,
     max_tokens: int = MAX_TOKENS,
     timeout_s: float = 60.0,
     on_text: Callable[[], None] = lambda: None,
 ) -> Answer:
-    """One answer, sampled with a fixed seed. `region` pins it to that cloud; `on_text` hears of each piece.
+    """One answer, sampled with a fixed seed. `bearer` is the token; `region` pins it to that cloud; `on_text` hears of
+    each piece.
 
     Raises `NoAnswer`.
     """
@@ -50,7 +68,7 @@ def ask(
     first_s, done = 0.0, None
     try:
         with (
-            Client(ingress, model=model, timeout=timeout_s) as client,
+            Client(ingress, model=model, token=bearer, timeout=timeout_s) as client,
             client.stream(
                 prompt,
                 max_tokens=max_tokens,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -76,12 +76,13 @@ def introduce(current: CloudsState, console: Console) -> bool:
     show(current, console)
     console.print(f"\n[bold]Asking each cloud[/] to continue {asking.PROMPT!r}, seed {asking.SEED}:", highlight=False)
     answers = {}
+    bearer = asking.token(current.issuer)
     for cloud in current.clouds:
         mesh = cloud.mesh
         try:
             if mesh is None:
                 raise asking.NoAnswer("it is not up")
-            answer = answers[cloud.name] = asking.ask(mesh.addresses.ingress, mesh.model, cloud.name)
+            answer = answers[cloud.name] = asking.ask(mesh.addresses.ingress, mesh.model, bearer, cloud.name)
         except asking.NoAnswer as failure:
             console.print(f"  {cloud.name:6} [red]no answer:[/] {failure}", highlight=False)
             continue
@@ -99,6 +100,7 @@ def introduce(current: CloudsState, console: Console) -> bool:
 
 def _next_steps(current: CloudsState, console: Console) -> None:
     first, last = current.clouds[0], current.clouds[-1]
+    python = ".venv/bin/python" if Path(".venv/bin/python").exists() else "python"
     mesh = first.mesh
     ingress = mesh.addresses.ingress if mesh is not None else ""
     model = mesh.model if mesh is not None else ""
@@ -107,8 +109,11 @@ def _next_steps(current: CloudsState, console: Console) -> None:
     lines = [
         "",
         "Try",
-        f"  curl -s http://{ingress}/v1/completions -H 'content-type: application/json' -d '{body}'",
-        f"  the same with -H 'x-data-region: {last.name}': served there, or not at all",
+        f"  TOKEN=$({python} -m services.mesh.clouds token --tenant me)   # every door asks for one; any door takes it",
+        f'  curl -s http://{ingress}/v1/completions -H "authorization: Bearer $TOKEN" '
+        f"-H 'content-type: application/json' -d '{body}'",
+        f"  the same with -H 'x-data-region: {last.name}', or a token made with --region {last.name}: "
+        "served there, or not at all",
     ]
     if workers:
         lines.append(
@@ -120,7 +125,7 @@ def _next_steps(current: CloudsState, console: Console) -> None:
         )
     lines += [
         f"  edit istio/clouds/{last.name}/canary.yaml or distribution.yaml: it applies within a second, there only",
-        f"  {sys.executable.rpartition('/')[2]} -m services.mesh.clouds status · make clouds-stop",
+        f"  {python} -m services.mesh.clouds status · make clouds-stop",
         "",
     ]
     for line in lines:

@@ -16,6 +16,9 @@ class CloudsSettings(ServiceSettings):
     clouds_dir: Path = Field(Path(".run/clouds"), description="lock, state and logs; each cloud has a folder below it")
     clouds_plan: Path = Field(Path("deploy/local/clouds.yaml"), description="which clouds there are")
     clouds_policy: Path = Field(Path("istio"), description="folder of all Istio YAML; each cloud's overlay is below it")
+    issuer_dir: Path | None = Field(
+        None, description="the key of the token issuer that all clouds trust; unset: issuer, below clouds_dir"
+    )
     clouds_network: Literal["auto", "namespaces", "loopback"] = Field(
         "auto", description="namespaces need root; loopback addresses are reached without crossing a network"
     )

@@ -7,6 +7,8 @@ import shutil
 import signal
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,9 +43,9 @@ def smoke(settings: CloudsSettings, console: Console) -> bool:
     try:
         current = present.wait_up(directory, supervisor, settings.clouds_start_timeout_s, console)
         present.show(current, console)
-        checks = [_same_tokens, _unknown_region, stand_in_and_residency]
+        checks = [_door_asks, _same_tokens, _unknown_region, stand_in_and_residency]
         if settings.clouds_shared_artifacts:
-            checks.insert(1, models_by_digest)
+            checks.insert(2, models_by_digest)
         for check in checks:
             console.print(f"ok  {check(current)}", highlight=False, soft_wrap=True)
     except (CannotStart, Flaw, asking.NoAnswer, OSError) as error:
@@ -58,6 +60,30 @@ def smoke(settings: CloudsSettings, console: Console) -> bool:
         shutil.rmtree(directory.root, ignore_errors=True)
         console.print(f"ok in {time.monotonic() - began:.1f} s", style="green")
     return not problem
+
+
+def _door_asks(current: CloudsState) -> str:
+    """Without a token every cloud refuses; with one of the issuer that they share, every cloud answers."""
+    refused = {}
+    for cloud in current.clouds:
+        refused[cloud.name] = status = _models(cloud, {})
+        if status not in (401, 403):
+            raise Flaw(f"{cloud.name} answered {status} to a request without a token")
+        status = _models(cloud, {"authorization": f"Bearer {asking.token(current.issuer)}"})
+        if status != 200:
+            raise Flaw(f"{cloud.name} answered {status} to a good token")
+    said = ", ".join(f"{name} {status}" for name, status in refused.items())
+    return f"without a token every door refuses ({said}); one issuer's token is good at all of them"
+
+
+def _models(cloud: CloudState, headers: dict[str, str]) -> int:
+    """The status of a small REST request."""
+    request = urllib.request.Request(f"http://{mesh_of(cloud).addresses.ingress}/v1/models", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as refused:
+        return refused.code
 
 
 def models_by_digest(current: CloudsState) -> str:
@@ -80,7 +106,7 @@ def models_by_digest(current: CloudsState) -> str:
 
 def _same_tokens(current: CloudsState) -> str:
     """Every cloud, pinned to itself, gives one token stream."""
-    answers = {cloud.name: _ask(cloud, cloud.name) for cloud in current.clouds}
+    answers = {cloud.name: _ask(current, cloud, cloud.name) for cloud in current.clouds}
     if len({(answer.token_ids, answer.variant_digest) for answer in answers.values()}) != 1:
         raise Flaw(f"the clouds do not give the same tokens: {answers}")
     count = len(next(iter(answers.values())).token_ids)
@@ -90,7 +116,7 @@ def _same_tokens(current: CloudsState) -> str:
 def _unknown_region(current: CloudsState) -> str:
     """A region that does not exist is refused, not ignored."""
     try:
-        _ask(current.clouds[0], "atlantis")
+        _ask(current, current.clouds[0], "atlantis")
     except asking.NoAnswer as refused:
         return f"an unknown region is refused ({refused})"
     raise Flaw("a request for a region that does not exist was answered")
@@ -100,18 +126,18 @@ def stand_in_and_residency(current: CloudsState) -> str:
     """One worker killed: its cloud's other requests are served by another cloud, pinned ones fail."""
     cloud = current.clouds[-1]
     victim = workers(cloud)[0]
-    wanted = _ask(current.clouds[0], current.clouds[0].name)
+    wanted = _ask(current, current.clouds[0], current.clouds[0].name)
     if victim.pid is None:
         raise Flaw(f"{cloud.name} has no worker to kill")
     os.kill(victim.pid, signal.SIGKILL)
     until(lambda: workers(cloud)[0].pid != victim.pid, f"{cloud.name} sees that its worker is gone")
-    until(lambda: _serves(cloud), "another cloud stands in")  # from here on no request may fail
+    until(lambda: _serves(current, cloud), "another cloud stands in")  # from here on no request may fail
     began = time.monotonic()
     served, failed = 0, ""
     while workers(cloud)[0].phase != "ready" and time.monotonic() - began < PATIENCE_S:
         if not failed:
-            failed = _pinned(cloud)
-        if _ask(cloud).token_ids != wanted.token_ids:
+            failed = _pinned(current, cloud)
+        if _ask(current, cloud).token_ids != wanted.token_ids:
             raise Flaw("another cloud gave other tokens")
         served += workers(cloud)[0].phase != "ready"
     if not served:
@@ -121,26 +147,26 @@ def stand_in_and_residency(current: CloudsState) -> str:
     return f"{cloud.name}'s worker killed: {served} requests served by another cloud; pinned to it: {failed}"
 
 
-def _serves(cloud: CloudState) -> bool:
+def _serves(current: CloudsState, cloud: CloudState) -> bool:
     try:
-        _ask(cloud)
+        _ask(current, cloud)
     except asking.NoAnswer:
         return False
     return True
 
 
-def _pinned(cloud: CloudState) -> str:
+def _pinned(current: CloudsState, cloud: CloudState) -> str:
     """How a request pinned to the cloud fails; empty when it does not."""
     try:
-        _ask(cloud, cloud.name)
+        _ask(current, cloud, cloud.name)
     except asking.NoAnswer as refused:
         return str(refused)
     return ""
 
 
-def _ask(cloud: CloudState, region: str = "") -> Answer:
+def _ask(current: CloudsState, cloud: CloudState, region: str = "") -> Answer:
     mesh = mesh_of(cloud)
-    return asking.ask(mesh.addresses.ingress, mesh.model, region)
+    return asking.ask(mesh.addresses.ingress, mesh.model, asking.token(current.issuer), region)
 
 
 def mesh_of(cloud: CloudState) -> MeshState:

@@ -50,6 +50,8 @@ class CloudsState(_Frozen):
     remark: str = ""
     """What was changed on this machine to make room."""
     one_way_ms: float
+    issuer: Path
+    """Folder of the issuer whose tokens every cloud takes."""
     clouds: list[CloudState]
 
 

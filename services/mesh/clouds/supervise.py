@@ -21,6 +21,8 @@ from services.mesh.clouds.plan import PORTS, Cloud, Plan, PlanError
 from services.mesh.clouds.settings import CloudsSettings
 from services.mesh.clouds.shared_cache import SharedCache
 from services.mesh.clouds.state import CloudsState, CloudState
+from services.mesh.identity import Unusable
+from services.mesh.issuer import Issuer
 from services.mesh.local import CannotStart
 from services.mesh.process import Patience, Process, Program
 from services.mesh.rundir import RunDirectory, write_atomically
@@ -38,7 +40,9 @@ class Clouds:
         """Raises `CannotStart`."""
         self.settings = settings
         self.directory = RunDirectory(settings.clouds_dir)
+        self.issuer = (settings.issuer_dir or self.directory.issuer).absolute()
         try:
+            Issuer.open(self.issuer)  # before three meshes look for it at once
             spec = plan.load(settings.clouds_plan)
             self.remark = watches.make_room(len(spec.clouds))
             self._net, self._why_not = _choose(settings)
@@ -49,7 +53,7 @@ class Clouds:
             self._supply = ports.free(self._middle)
             self.plan = self._place(spec)
             self._shared = self._find_shared_cache()
-        except (PlanError, NoNetwork, watches.NoRoom, OSError) as error:
+        except (PlanError, NoNetwork, watches.NoRoom, Unusable, OSError) as error:
             raise CannotStart(str(error)) from None
         patience = Patience(
             start_timeout_s=settings.clouds_start_timeout_s,
@@ -134,6 +138,7 @@ class Clouds:
             {
                 **_inherited(),
                 **self.plan.environment(cloud),
+                "AUTOGLM_ISSUER_DIR": str(self.issuer),
                 **(self._shared.environment() if self._shared is not None else {}),
                 **self._artifacts(),
                 "AUTOGLM_REPLICAS": self._replicas(cloud.name),
@@ -182,6 +187,7 @@ class Clouds:
             phase=self._phase,
             reason=self._reason,
             remark=self.remark,
+            issuer=self.issuer,
             one_way_ms=self.plan.distance.one_way_s * 1e3,
             clouds=[self._cloud_state(cloud, self.supervisor.processes[cloud.name]) for cloud in self.plan.clouds],
         )

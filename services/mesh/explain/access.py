@@ -1,20 +1,21 @@
-"""Whether the called service's own proxy would let the request in, by the RBAC rules of its inbound listener.
+"""Whether a proxy would let the request in, by the RBAC rules of its listener: the called service's, or the door's.
 
-Three-valued: yes, no, or "depends" where a rule asks about something a request alone does not show, such as a token.
+Three-valued: yes, no, or "depends" where a rule asks about something that is not known of the request.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
-from typing import Literal
+from typing import Any, Literal
 
 from services.mesh.explain.request import OUTSIDE, Request
 from services.mesh.policy import Policy
 from services.mesh.translate import Snapshot
 from services.mesh.translate.names import Json
+from services.mesh.translate.rbac import JWT_FILTER
 
 RBAC = "envoy.filters.http.rbac"
 TRUST_DOMAIN = "cluster.local"
@@ -31,6 +32,17 @@ class Ruling:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as one listener sees it. `principal` is empty without a certificate, `claims` without a token; None:
+    not known here."""
+
+    request: Request
+    port: int
+    principal: str
+    claims: Mapping[str, Any] | None = None
+
+
 def judge(snapshot: Snapshot, policy: Policy, endpoints: Sequence[Json], request: Request) -> Ruling:
     """The ruling of the listener in front of the first endpoint that has one here."""
     ports = {
@@ -41,8 +53,8 @@ def judge(snapshot: Snapshot, policy: Policy, endpoints: Sequence[Json], request
     for listener in snapshot.listeners:
         port = listener.get("address", {}).get("socket_address", {}).get("port_value")
         if port in ports and listener["name"] != DOOR:
-            filters = [item for item in _http_filters(listener) if item["name"].startswith(RBAC)]
-            return _ruling(filters, policy, request, port)
+            filters = [item for item in http_filters(listener) if item["name"].startswith(RBAC)]
+            return rule(filters, policy, Asked(request, port, principal(request)))
     return Ruling("unchecked", "no proxy of this mesh stands in front of an endpoint")
 
 
@@ -52,7 +64,8 @@ def principal(request: Request, namespace: str = "autoglm") -> str:
     return f"spiffe://{TRUST_DOMAIN}/ns/{namespace}/sa/{account}"
 
 
-def _http_filters(listener: Json) -> list[Json]:
+def http_filters(listener: Json) -> list[Json]:
+    """The filters of a listener's last chain that speaks HTTP."""
     for chain in reversed(listener["filter_chains"]):
         for network in chain["filters"]:
             if "http_filters" in network["typed_config"]:
@@ -61,7 +74,8 @@ def _http_filters(listener: Json) -> list[Json]:
     return []
 
 
-def _ruling(filters: Sequence[Json], policy: Policy, request: Request, port: int) -> Ruling:
+def rule(filters: Sequence[Json], policy: Policy, asked: Asked) -> Ruling:
+    """What the RBAC filters of one listener say together."""
     if not filters:
         return Ruling("allowed", "no AuthorizationPolicy speaks of this service")
     last = Ruling("allowed", "no rule denies it")
@@ -70,7 +84,7 @@ def _ruling(filters: Sequence[Json], policy: Policy, request: Request, port: int
         if rules is None or rules.get("action") == "LOG":
             continue
         denies = rules.get("action") == "DENY"
-        hits = {name: _policy_holds(body, request, port) for name, body in rules.get("policies", {}).items()}
+        hits = {name: _policy_holds(body, asked) for name, body in rules.get("policies", {}).items()}
         sure = [name for name, holds in hits.items() if holds]
         open_ = [name for name, holds in hits.items() if holds is None]
         if denies and sure:
@@ -83,7 +97,8 @@ def _ruling(filters: Sequence[Json], policy: Policy, request: Request, port: int
             last = Ruling("depends", f"{_said(open_[0], policy)} allows it, if the rest of its conditions hold")
         elif not denies:
             names = ", ".join(sorted({_said(name, policy).rpartition(":")[0] for name in hits}))
-            return Ruling("denied", f"no rule allows {principal(request)} this method ({names or 'no rules at all'})")
+            who = asked.principal or "a caller without certificate"
+            return Ruling("denied", f"no rule allows {who} this method ({names or 'no rules at all'})")
     return last
 
 
@@ -96,23 +111,24 @@ def _said(name: str, policy: Policy) -> str:
     return ": ".join(filter(None, (file, f"AuthorizationPolicy/{parts['name']}", f"spec.rules[{parts['rule']}]")))
 
 
-def _policy_holds(body: Json, request: Request, port: int) -> bool | None:
-    permission = _any(_holds(item, request, port) for item in body.get("permissions", ()))
-    caller = _any(_holds(item, request, port) for item in body.get("principals", ()))
+def _policy_holds(body: Json, asked: Asked) -> bool | None:
+    permission = _any(_holds(item, asked) for item in body.get("permissions", ()))
+    caller = _any(_holds(item, asked) for item in body.get("principals", ()))
     return _all((permission, caller))
 
 
-def _holds(item: Json, request: Request, port: int) -> bool | None:
+def _holds(item: Json, asked: Asked) -> bool | None:
     """One permission or principal of Envoy's; both are trees of the same few words."""
+    request = asked.request
     (kind, value), *_ = item.items()
     if kind == "any":
         return bool(value)
     if kind in {"and_rules", "and_ids"}:
-        return _all(_holds(part, request, port) for part in _parts(value))
+        return _all(_holds(part, asked) for part in _parts(value))
     if kind in {"or_rules", "or_ids"}:
-        return _any(_holds(part, request, port) for part in _parts(value))
+        return _any(_holds(part, asked) for part in _parts(value))
     if kind in {"not_rule", "not_id"}:
-        inner = _holds(value, request, port)
+        inner = _holds(value, asked)
         return None if inner is None else not inner
     if kind == "url_path":
         return text_holds(value["path"], request.bare_path)
@@ -122,14 +138,34 @@ def _holds(item: Json, request: Request, port: int) -> bool | None:
             return (given is not None) is not bool(value.get("invert_match"))
         return given is not None and "string_match" in value and text_holds(value["string_match"], given)
     if kind == "destination_port":
-        return bool(value == port)
+        return bool(value == asked.port)
     if kind == "authenticated":
         name = value.get("principal_name")
-        return True if name is None else text_holds(name, principal(request))
+        return bool(asked.principal) and (name is None or text_holds(name, asked.principal))
     if kind in {"direct_remote_ip", "remote_ip", "source_ip"}:
         network = ip_network(f"{value['address_prefix']}/{value.get('prefix_len', 32)}", strict=False)
         return None if request.caller == OUTSIDE else ip_address("127.0.0.1") in network
-    return None  # metadata of a token, and whatever else a request alone does not show
+    if kind == "metadata" and asked.claims is not None and value["filter"] == JWT_FILTER:
+        return _claim_holds(asked.claims, [step["key"] for step in value["path"]][1:], value["value"])
+    return None  # what a request alone does not show
+
+
+def _claim_holds(claims: Mapping[str, Any], path: Sequence[str], wanted: Json) -> bool:
+    found: Any = claims
+    for key in path:
+        if not isinstance(found, Mapping) or key not in found:
+            return False
+        found = found[key]
+    return _value_holds(wanted, found)
+
+
+def _value_holds(wanted: Json, found: Any) -> bool:
+    """Envoy's ValueMatcher, as far as access rules use it."""
+    if "or_match" in wanted:
+        return any(_value_holds(item, found) for item in wanted["or_match"]["value_matchers"])
+    if "list_match" in wanted:
+        return isinstance(found, list) and any(_value_holds(wanted["list_match"]["one_of"], item) for item in found)
+    return isinstance(found, str) and text_holds(wanted["string_match"], found)
 
 
 def _parts(value: Json) -> list[Json]:

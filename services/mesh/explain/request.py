@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 OUTSIDE = "outside"
@@ -12,13 +13,15 @@ OUTSIDE = "outside"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`path` may carry a query. `caller` is `outside` or the name of a calling service."""
+    """`path` may carry a query. `caller` is `outside` or the name of a calling service; `claims` are those of the token
+    that it brings to the door, None where it brings none."""
 
     path: str
     authority: str
     caller: str = OUTSIDE
     method: str = "POST"
     headers: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, Any] | None = None
 
     def cleaned(self, prefixes: Iterable[str]) -> Request:
         """Without the headers that the listener removes, and with the path that the routes are matched against."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from services.mesh.explain.access import Ruling, judge
+from services.mesh.explain.door import at_the_door, door_of
 from services.mesh.explain.matching import failed_conditions, first_match, virtual_host
 from services.mesh.explain.request import OUTSIDE, Request
 from services.mesh.policy import Policy
@@ -55,6 +56,8 @@ class Explanation:
     targets: tuple[Target, ...]
     passed_over: tuple[Fact, ...]
     """Routes that stand before the one taken, and why they do not apply."""
+    door: Ruling | None = None
+    """Whether it is let in at all, where it comes from outside. The rest is told as if it were."""
 
 
 def explain(snapshot: Snapshot, policy: Policy, registry: Registry, request: Request) -> Explanation:
@@ -64,13 +67,19 @@ def explain(snapshot: Snapshot, policy: Policy, registry: Registry, request: Req
     configuration = next(item for item in snapshot.routes if item["name"] == manager["rds"]["route_config_name"])
     dropped = sorted(name for name in request.headers if name.lower() not in cleaned.headers)
     facts = [Fact("headers removed at the door", ", ".join(dropped))] if dropped else []
+    ruling: Ruling | None = None
+    if (standing := door_of(snapshot, request)) is not None:
+        ruling, seen = at_the_door(standing, policy, cleaned)
+        written = sorted(set(seen.headers.items()) - set(cleaned.headers.items()))
+        facts += [Fact("header from the token", f"{name}: {value}") for name, value in written]
+        cleaned = seen
     host = virtual_host(configuration, request.authority)
     found = first_match(host["routes"], cleaned) if host is not None else None
     if host is None or found is None:
         why = f"no virtual host for {request.authority}" if host is None else "no route matches"
         passed = () if host is None else tuple(_passed_over(host["routes"], cleaned, policy))
         name = host["name"] if host is not None else ""
-        return Explanation(listener, name, "", "nothing", (*facts, Fact("answer", f"404 ({why})")), (), passed)
+        return Explanation(listener, name, "", "nothing", (*facts, Fact("answer", f"404 ({why})")), (), passed, ruling)
     number, route = found
     source = _source(route, policy)
     facts.append(Fact("route", route["name"], source or "Istio's default for a host without VirtualService"))
@@ -79,7 +88,7 @@ def explain(snapshot: Snapshot, policy: Policy, registry: Registry, request: Req
     facts += more
     facts += _per_route(route, source)
     targets = tuple(_targets(snapshot, policy, registry, route, cleaned)) if action == "forward" else ()
-    return Explanation(listener, host["name"], route["name"], action, tuple(facts), targets, passed)
+    return Explanation(listener, host["name"], route["name"], action, tuple(facts), targets, passed, ruling)
 
 
 def _listener(snapshot: Snapshot, caller: str) -> tuple[str, Json]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from services.mesh.policy import access_doubts, doubts, suspicions
 from services.mesh.policy.destination_rule import DestinationRule
+from services.mesh.policy.envoy_filter import EnvoyFilter
 from services.mesh.policy.objects import Policy, PolicyObject, gateway_name, key_of, qualified
 from services.mesh.policy.others import InferencePool, ServiceEntry
 from services.mesh.policy.problems import Problem
@@ -89,11 +90,13 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
     for entry in policy.service_entries:
         add(entry, _service_entry(entry, policy, registry))
     for item in policy.envoy_filters:
-        add(item, doubts.patches_nothing(item, policy), is_warning=True)
+        add(item, doubts.patches_nothing(item, policy, registry), is_warning=True)
     for gateway in policy.doors:
         add(gateway, suspicions.leads_nowhere(gateway, policy), is_warning=True)
     for second in [item for item in policy.envoy_filters if item.spec.limits][1:]:
         add(second, iter([("spec", "a second rate limit for the ingress; only one is supported")]))
+    for second in _told_twice(policy):
+        add(second, iter([("spec", "a second local_reply_config for the same workloads; only one is supported")]))
     secured: tuple[SecurityObject, ...] = (
         *policy.peer_authentications,
         *policy.authorization_policies,
@@ -108,6 +111,19 @@ def check(policy: Policy, registry: Registry) -> tuple[Problem, ...]:
         add(telemetry, conflicts(telemetry, policy.telemetries[:number]))
         add(telemetry, unseen(telemetry, _workloads(policy, registry)), is_warning=True)
     return tuple(found)
+
+
+def _told_twice(policy: Policy) -> Iterator[EnvoyFilter]:
+    """Filters about the bodies of refusals for workloads that an earlier one, or the same, has words for."""
+    told: set[tuple[str, frozenset[tuple[str, str]]]] = set()
+    for item in policy.envoy_filters:
+        for context in ("GATEWAY", "SIDECAR_INBOUND"):
+            key = (context, frozenset(item.spec.workload_selector.labels.items()))
+            count = len(item.spec.replies(context))
+            if count + (key in told) > 1:
+                yield item
+            if count:
+                told.add(key)
 
 
 def _workloads(policy: Policy, registry: Registry) -> tuple[Mapping[str, str], ...]:

@@ -78,12 +78,17 @@ def nobody_selected(pool: InferencePool, registry: Registry) -> Iterator[Finding
     yield "spec.selector", f"no service carries {labels}: its picker is never asked"
 
 
-def patches_nothing(item: EnvoyFilter, policy: Policy) -> Iterator[Finding]:
-    """A patch for a gateway that no Gateway selects."""
+def patches_nothing(item: EnvoyFilter, policy: Policy, registry: Registry) -> Iterator[Finding]:
+    """A patch for a gateway that no Gateway selects, or for the sidecars of nobody."""
     wanted = item.spec.workload_selector.labels.items()
-    if not any(wanted <= gateway.spec.selector.items() for gateway in policy.doors):
-        labels = ", ".join(f"{key}={value}" for key, value in sorted(wanted))
+    labels = ", ".join(f"{key}={value}" for key, value in sorted(wanted))
+    contexts = {patch.match.context for patch in item.spec.config_patches}
+    if "GATEWAY" in contexts and not any(wanted <= gateway.spec.selector.items() for gateway in policy.doors):
         yield "spec.workloadSelector", f"no Gateway stands at {labels}: nothing is patched"
+    if "SIDECAR_INBOUND" in contexts:
+        known = (dict(service.selector) or {"app": service.name} for service in registry.services)
+        if not any(wanted <= one.items() for one in known):
+            yield "spec.workloadSelector", f"no service carries {labels}: nothing is patched"
 
 
 def _detects_nothing(found: OutlierDetection) -> bool:

@@ -1,4 +1,5 @@
-"""EnvoyFilter, in the two shapes that are served here, at the ingress gateway: a compressor, and a rate limit.
+"""EnvoyFilter, in the three shapes that are served here: a compressor and a rate limit, at the ingress gateway, and the
+bodies of Envoy's own refusals, at the gateway or in front of a service.
 
 Istio takes any patch of Envoy's configuration and checks none of it. Here each field has its model, so a patch is
 either understood or refused. Event streams and gRPC may not be compressed: a compressor gathers bytes, and a token that
@@ -12,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from services.mesh.policy.base import Document, Labels, Strict
 from services.mesh.policy.rate_limit import HostSettings, LimitFilter, Plain
+from services.mesh.policy.refusal_bodies import CONNECTION_MANAGER, LocalReplyConfig, ManagerPatch
 
 COMPRESSOR = "envoy.filters.http.compressor"
 LOCAL_RATE_LIMIT = "envoy.filters.http.local_ratelimit"
@@ -81,12 +83,18 @@ class CompressorFilter(Plain):
 def _what(value: Any) -> str | None:
     """Which of the values a patch means; tags in parentheses are left out of the paths of mistakes."""
     if not isinstance(value, dict):  # a model, on its way out again
-        kinds = (CompressorFilter, "(compressor)"), (LimitFilter, "(limit)"), (HostSettings, "(hosts)")
+        kinds = (
+            (CompressorFilter, "(compressor)"),
+            (LimitFilter, "(limit)"),
+            (HostSettings, "(hosts)"),
+            (ManagerPatch, "(manager)"),
+        )
         return next((tag for kind, tag in kinds if isinstance(value, kind)), None)
     if "typed_per_filter_config" in value:
         return "(hosts)"
     name = value.get("name")
-    return {COMPRESSOR: "(compressor)", LOCAL_RATE_LIMIT: "(limit)"}.get(name) if isinstance(name, str) else None
+    tags = {COMPRESSOR: "(compressor)", LOCAL_RATE_LIMIT: "(limit)", CONNECTION_MANAGER: "(manager)"}
+    return tags.get(name) if isinstance(name, str) else None
 
 
 class Patch(Strict):
@@ -96,12 +104,13 @@ class Patch(Strict):
     value: Annotated[
         Annotated[CompressorFilter, Tag("(compressor)")]
         | Annotated[LimitFilter, Tag("(limit)")]
-        | Annotated[HostSettings, Tag("(hosts)")],
+        | Annotated[HostSettings, Tag("(hosts)")]
+        | Annotated[ManagerPatch, Tag("(manager)")],
         Discriminator(
             _what,
             custom_error_type="filter",
-            custom_error_message=f"must be a filter named {COMPRESSOR} or {LOCAL_RATE_LIMIT}, or the latter's"
-            " typed_per_filter_config",
+            custom_error_message=f"must be a filter named {COMPRESSOR}, {LOCAL_RATE_LIMIT} or {CONNECTION_MANAGER}, or"
+            " typed_per_filter_config of the second",
         ),
     ]
 
@@ -112,7 +121,7 @@ class SubFilter(Strict):
 
 class NetworkFilter(Strict):
     name: Literal["envoy.filters.network.http_connection_manager"]
-    sub_filter: SubFilter
+    sub_filter: SubFilter | None = None
 
 
 class FilterChain(Strict):
@@ -132,26 +141,36 @@ class ListenerMatch(Strict):
 class ObjectMatch(Strict):
     istio_has: ClassVar[frozenset[str]] = frozenset({"cluster", "proxy", "routeConfiguration", "waypoint"})
 
-    context: Literal["GATEWAY"]
+    context: Literal["GATEWAY", "SIDECAR_INBOUND"]
     listener: ListenerMatch | None = None
 
 
 class ConfigPatch(Strict):
-    """A filter in front of the router of every listener, or settings merged into every virtual host."""
+    """A filter in front of the router of every listener, or what is merged into every virtual host or manager."""
 
-    apply_to: Literal["HTTP_FILTER", "VIRTUAL_HOST"]
+    apply_to: Literal["HTTP_FILTER", "VIRTUAL_HOST", "NETWORK_FILTER"]
     match: ObjectMatch
     patch: Patch
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        is_filter = not isinstance(self.patch.value, HostSettings)
-        if is_filter != (self.apply_to == "HTTP_FILTER"):
-            raise PydanticCustomError("shape", "a filter is for HTTP_FILTER, typed_per_filter_config for VIRTUAL_HOST")
+        value, listener = self.patch.value, self.match.listener
+        wanted = {HostSettings: "VIRTUAL_HOST", ManagerPatch: "NETWORK_FILTER"}.get(type(value), "HTTP_FILTER")
+        is_filter = wanted == "HTTP_FILTER"
+        if wanted != self.apply_to:
+            raise PydanticCustomError(
+                "shape",
+                "a filter is for HTTP_FILTER, typed_per_filter_config for VIRTUAL_HOST,"
+                " a connection manager for NETWORK_FILTER",
+            )
         if self.patch.operation != ("INSERT_BEFORE" if is_filter else "MERGE"):
-            raise PydanticCustomError("shape", "HTTP_FILTER is served with INSERT_BEFORE, VIRTUAL_HOST with MERGE")
-        if is_filter != (self.match.listener is not None):
+            raise PydanticCustomError("shape", "HTTP_FILTER is served with INSERT_BEFORE, the others with MERGE")
+        if is_filter != (listener is not None and listener.filter_chain.filter.sub_filter is not None):
             raise PydanticCustomError("shape", "match.listener must name the router for HTTP_FILTER, and only for it")
+        if (wanted == "VIRTUAL_HOST") != (listener is None):
+            raise PydanticCustomError("shape", "match.listener is needed, except for VIRTUAL_HOST")
+        if self.match.context != "GATEWAY" and wanted != "NETWORK_FILTER":
+            raise PydanticCustomError("shape", "only NETWORK_FILTER is served with SIDECAR_INBOUND")
         return self
 
 
@@ -179,6 +198,14 @@ class EnvoyFilterSpec(Strict):
         """The settings of the rate limit, if this is one."""
         values = (item.patch.value for item in self.config_patches)
         return tuple(value for value in values if isinstance(value, HostSettings))
+
+    def replies(self, context: str) -> tuple[LocalReplyConfig, ...]:
+        """The bodies of refusals in that place, if this is about them."""
+        return tuple(
+            item.patch.value.typed_config.local_reply_config
+            for item in self.config_patches
+            if isinstance(item.patch.value, ManagerPatch) and item.match.context == context
+        )
 
 
 class EnvoyFilter(Document):

@@ -11,6 +11,7 @@ from services.mesh.translate.clusters import CONNECT_TIMEOUT, HTTP_OPTIONS
 from services.mesh.translate.listeners import connection_manager, http_filter, listener
 from services.mesh.translate.names import CLUSTER, TYPE_URL, UNLIMITED, Json, owned, socket_address
 from services.mesh.translate.node import InboundPort, NodeSettings, Sidecar
+from services.mesh.translate.refusals import refusals_in_front_of
 from services.mesh.translate.tls import server_side
 
 
@@ -42,6 +43,7 @@ def _listener(policy: Policy, sidecar: Sidecar, port: InboundPort, node: NodeSet
         "route_config": {"name": name, "virtual_hosts": [_everything(sidecar, port)], "validate_clusters": False},
         "forward_client_cert_details": "APPEND_FORWARD",
         "set_current_client_cert_details": {"uri": True},
+        **refusals_in_front_of(policy, workload),
     }
     mode = peer_mode(policy, workload, port.number)
     network = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}

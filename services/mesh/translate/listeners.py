@@ -20,6 +20,7 @@ from services.mesh.translate.names import (
 from services.mesh.translate.node import NodeSettings
 from services.mesh.translate.picker import picker_filter
 from services.mesh.translate.rate_limits import rate_limit_filters
+from services.mesh.translate.refusals import refusals_at_the_door
 from services.mesh.translate.telemetry import access_logs, grpc_stats, tracing
 from services.mesh.translate.views import INGRESS_LABELS, View, ingress_workload
 
@@ -60,6 +61,7 @@ def ingress_listener(policy: Policy, view: View, node: NodeSettings) -> Json:
         "use_remote_address": True,
         "request_headers_timeout": seconds(node.request_headers_timeout_s),
         "early_header_mutation_extensions": [_removal(NOT_FROM_OUTSIDE)],
+        **refusals_at_the_door(policy),
         **_rds(view.name, node),
     }
     return listener(view.name, node.listen_address, view.port, "OUTBOUND", _plain(manager), node)

@@ -69,11 +69,13 @@ def test_an_overlay_gives_what_kubectl_kustomize_gives(cloud: str) -> None:
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_an_overlay_differs_from_the_others_in_its_own_files_only(cloud: str) -> None:
-    """Every object of the base is there, and beside the door to the other clouds nothing else."""
+    """Every object of the base is there, and beside the door to the other clouds and the tokens nothing else."""
     base = {(item.kind, item.metadata.name) for item in load(ROOT / "istio" / "base")}
     assert set(built(ROOT / "istio" / "clouds" / cloud)) == base | {
         ("Gateway", "eastwest"),
         ("AuthorizationPolicy", "eastwest"),
+        ("RequestAuthentication", "ingress"),
+        ("AuthorizationPolicy", "tokens"),
     }
 
 
@@ -85,9 +87,9 @@ def test_the_base_lists_each_of_its_files() -> None:
 
 
 def test_whoever_waits_for_changes_is_told_every_folder() -> None:
-    """The overlay's own, the component's and the base's."""
+    """The overlay's own, the components' and the base's."""
     found = {path.name for path in folders(ROOT / "istio" / "clouds" / CLOUDS[0], DEFAULT_LIMITS)}
-    assert found == {CLOUDS[0], "every", "base"}
+    assert found == {CLOUDS[0], "every", "jwt", "base"}
 
 
 @pytest.mark.parametrize(

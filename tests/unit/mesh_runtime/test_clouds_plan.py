@@ -111,7 +111,8 @@ def test_an_offer_is_read_as_a_strangers(wrong: dict[str, Any]) -> None:
 
 async def test_two_clouds_hear_of_each_others_endpoints_and_of_their_loss() -> None:
     """Over a real socket: what becomes ready there is known here, and forgotten when the other falls silent."""
-    one, two = (next(ports.free("127.0.0.1")) for _ in range(2))
+    supply = ports.free("127.0.0.1")
+    one, two = next(supply), next(supply)
     changed = asyncio.Event()
     ready: list[str] = []
     pace = Pace(0.05, 0.5, 1.0)
@@ -174,7 +175,8 @@ async def test_bytes_cross_the_distance_in_order_and_not_sooner_than_it_takes() 
 
 async def test_a_way_that_leads_nowhere_is_closed() -> None:
     """Whoever connects is told by the end of the connection, not left waiting."""
-    port, nobody = next(ports.free("127.0.0.1")), next(ports.free("127.0.0.1"))
+    supply = ports.free("127.0.0.1")
+    port, nobody = next(supply), next(supply)
     wan = Wan([Way(("127.0.0.1", port), ("127.0.0.1", nobody))], Distance())
     await wan.open()
     async with asyncio.timeout(20):

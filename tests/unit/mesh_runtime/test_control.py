@@ -7,15 +7,15 @@ import fcntl
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from services.mesh import control, start
+from services.mesh import control, rundir, start
 from services.mesh.control import Control, Pace, fingerprint, has_settled
 from services.mesh.envoy import Admin
 from services.mesh.local import CannotStart
@@ -149,14 +149,15 @@ def test_of_two_starts_the_slower_waits_for_the_quicker(tmp_path: Path) -> None:
         assert start.wait_up(directory, ours, 5, lambda _: None).pid == os.getpid()
 
 
-def test_asking_who_holds_a_directory_does_not_keep_one_from_holding_it(tmp_path: Path) -> None:
+def test_asking_who_holds_a_directory_does_not_keep_one_from_holding_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The question takes the lock for a moment; a supervisor that starts in that moment must not give up."""
     directory = RunDirectory(tmp_path)
     tmp_path.joinpath("lock").touch()
     descriptor = os.open(directory.lock, os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    asking = threading.Timer(0.03, os.close, (descriptor,))
-    asking.start()
+    # The moment is over when the supervisor waits for the first time.
+    monkeypatch.setattr(rundir, "time", SimpleNamespace(sleep=lambda _: os.close(descriptor)))
     with directory.hold():
         assert directory.holder() == os.getpid()
-    asking.join()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from typer.testing import CliRunner, Result
 from services.mesh import inputs, state
 from services.mesh.__main__ import app
 from services.mesh.differences import Change, at_risk, differences
-from services.mesh.explain import CannotExplain, Request, explain
+from services.mesh.explain import CannotExplain, Explanation, NoToken, Request, claims_of, explain
 from services.mesh.explain.access import Ruling, judge
 from services.mesh.explain.request import normalised
 from services.mesh.inputs import Inputs
+from services.mesh.issuer import Issuer
 from services.mesh.policy import Policy, load
 from services.mesh.registry import Endpoint, Registry, Service, ServicePort
 from services.mesh.rundir import RunDirectory, write_atomically
@@ -291,6 +293,57 @@ def test_a_ruling_names_the_policy_and_its_file() -> None:
     assert "spiffe://cluster.local/ns/autoglm/sa/cache" in refused.why and "access.yaml" in refused.why
 
 
+def at_the_door(claims: dict[str, Any] | None, path: str = "/v1/completions", **headers: str) -> Explanation:
+    """The story of a request from outside under the base with tokens."""
+    policy = load(BASE.parent / "clouds" / "aws")
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = Request(path, "localhost", headers=named, claims=claims)
+    return explain(translate(policy, registry(), node()), policy, registry(), request)
+
+
+CLAIMS = {"iss": "https://issuer.autoglm.internal", "sub": "alice", "aud": "autoglm", "tenant": "acme"}
+
+
+@pytest.mark.parametrize(
+    ("claims", "verdict", "why"),
+    [
+        (None, "denied", "tokens.yaml: AuthorizationPolicy/tokens: spec.rules[0]"),
+        (CLAIMS, "allowed", "authorization.yaml: AuthorizationPolicy/ingress: spec.rules[0]"),
+        (CLAIMS | {"aud": ["a", "autoglm"]}, "allowed", "AuthorizationPolicy/ingress"),
+        (CLAIMS | {"aud": "a"}, "denied", "AuthorizationPolicy/tokens: spec.rules[1]"),
+        (CLAIMS | {"tenant": ""}, "denied", "AuthorizationPolicy/tokens: spec.rules[2]"),
+        (CLAIMS | {"iss": "somebody"}, "denied", "401: the issuer of the token is somebody"),
+    ],
+)
+def test_the_door_is_part_of_the_story(claims: dict[str, Any] | None, verdict: str, why: str) -> None:
+    """With a token and without: whether the request comes in, and which rule of which file decides."""
+    ruling = at_the_door(claims).door
+    assert ruling is not None and ruling.verdict == verdict and why in ruling.why
+
+
+def test_a_tokens_claims_choose_the_route() -> None:
+    """As headers that nobody can send: what the caller wrote there is gone."""
+    assert at_the_door(CLAIMS | {"region": "gcp"}, x_data_region="aws").route == "rest-only-gcp"
+    assert at_the_door(CLAIMS, x_data_region="aws", x_autoglm_region="gcp").route == "rest-only-aws"
+    assert at_the_door(None, path="/health").door == Ruling(
+        "allowed", "by istio/base/authorization.yaml: AuthorizationPolicy/ingress: spec.rules[0]"
+    )
+
+
+def test_inside_there_is_no_door() -> None:
+    """A service's call is judged where it arrives."""
+    policy = load(BASE)
+    story = explain(translate(policy, registry(), node()), policy, registry(), Request(GENERATE, "w", "gateway"))
+    assert story.door is None
+
+
+@pytest.mark.parametrize("token", ["", "a.b", "a.%%%.c", "a.W10.c", f"a.{'W1tb' * 20_000}.c"])
+def test_what_is_no_token_is_told(token: str) -> None:
+    """Not three parts, no JSON, no object."""
+    with pytest.raises(NoToken):
+        claims_of(token)
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Runs a command with a run directory of its own."""
@@ -327,7 +380,7 @@ def test_diff_compares_with_the_mesh_that_runs(tmp_path: Path, run: Any) -> None
     assert state.read(directory.state) is None
 
 
-def test_explain_and_check_run_without_a_mesh(run: Any) -> None:
+def test_explain_runs_without_a_mesh(run: Any) -> None:
     """For the mesh as it would be started; the exit status says whether the request gets anywhere."""
     good = run("explain", GENERATE, "--from", "gateway")
     assert good.exit_code == 0 and "VirtualService/sparse-inference: spec.http[1]" in good.output
@@ -341,6 +394,25 @@ def test_explain_and_check_run_without_a_mesh(run: Any) -> None:
     assert "AuthorizationPolicy/sparse-inference: spec.rules[" in verdicts[GENERATE]["why"]
     assert verdicts["/autoglm.sparse_inference.v1.SparseInferenceService/Nothing"]["verdict"] == "denied"
     assert run("explain", "/v1/models", "--header", "nonsense").exit_code == 2
+    assert run("explain", "/v1/models", "--claim", "nonsense").exit_code == 2
+    assert run("explain", "/v1/models", "--token", "nonsense").exit_code == 2
+
+
+def test_explain_takes_a_token_or_imagines_one(tmp_path: Path, run: Any) -> None:
+    """The exit status says whether the door lets it in; a token in hand and its claims give the same answer."""
+    asked = ("explain", "/v1/models", "--policy", "istio/with-tokens")
+    closed = run(*asked)
+    assert closed.exit_code == 1 and "door          denied: by" in closed.output
+    claims = ("--claim", "tenant=acme", "--claim", "aud=x", "--claim", "aud=autoglm")
+    assert run(*asked, *claims).exit_code == 0
+    token = Issuer.open(tmp_path / "issuer").token("acme", "autoglm", timedelta(minutes=1), datetime.now(UTC))
+    opened = json.loads(run(*asked, "--token", token, "--json").output)
+    assert opened["door"]["verdict"] == "allowed" and opened["route"] == "rest"
+    assert {"what": "header from the token", "value": "x-autoglm-tenant: acme", "source": ""} in opened["facts"]
+
+
+def test_check_runs_without_a_mesh(run: Any) -> None:
+    """Folder by folder."""
     checked = run("check", "istio/base", "istio/gateway-api", "--json")
     assert [item["ok"] for item in json.loads(checked.output)] == [True, True]
 

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from typer.testing import CliRunner
 
 from services.mesh.__main__ import app
+from services.mesh.clouds.__main__ import app as clouds
 from services.mesh.identity import Unusable
 from services.mesh.issuer import AUDIENCE, ISSUER, JWKS_URI, Issuer
 from services.mesh.policy.security_values import why_not_keys
@@ -80,3 +81,18 @@ def test_the_verb_prints_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert claims["tenant"] == "acme" and claims["exp"] - claims["iat"] == 60
     assert (tmp_path / "issuer" / "key.pem").exists()
     assert CliRunner().invoke(app, ["token", "--tenant", "a b"]).exit_code == 1
+
+
+def test_the_clouds_share_one_issuer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key is in their run directory, or where the setting says; the region is part of the token only if named."""
+    monkeypatch.setenv("AUTOGLM_CLOUDS_DIR", str(tmp_path))
+    done = CliRunner().invoke(clouds, ["token", "--tenant", "acme", "--region", "azure"])
+    assert done.exit_code == 0
+    claims = json.loads(decoded(done.stdout.strip().split(".")[1]))
+    assert (claims["tenant"], claims["region"], claims["aud"]) == ("acme", "azure", AUDIENCE)
+    assert (tmp_path / "issuer" / "key.pem").exists()
+    monkeypatch.setenv("AUTOGLM_ISSUER_DIR", str(tmp_path / "elsewhere"))
+    done = CliRunner().invoke(clouds, ["token"])
+    assert "region" not in json.loads(decoded(done.stdout.strip().split(".")[1]))
+    assert (tmp_path / "elsewhere" / "key.pem").exists()
+    assert CliRunner().invoke(clouds, ["token", "--tenant", "a b"]).exit_code == 1

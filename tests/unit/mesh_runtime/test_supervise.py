@@ -14,6 +14,7 @@ import pytest
 
 from services.mesh.process import Patience, Phase, Program, backoff_s
 from services.mesh.supervise import StartFailed, Supervisor
+from tests.fakes.processes import is_alive
 
 QUICK = Patience(start_timeout_s=10, start_attempts=2, backoff_first_s=0.01, backoff_cap_s=0.05, grace_s=0.5)
 READY = "import sys,time,json; print(json.dumps({'message': 'ready', 'grpc_port': 7}), file=sys.stderr, flush=True); "
@@ -39,14 +40,6 @@ class Watched:
             while not claim():
                 self._changes.clear()
                 await self._changes.wait()
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
 async def until(claim: Callable[[], bool]) -> None:
@@ -189,8 +182,8 @@ async def test_stop_is_graceful_then_firm_and_may_be_called_twice(tmp_path: Path
     began = time.monotonic()
     await watched.supervisor.stop()
     assert time.monotonic() - began >= QUICK.grace_s
-    assert not alive(pid)
-    await until(lambda: not alive(child))
+    assert not is_alive(pid)
+    await until(lambda: not is_alive(child))
     await watched.supervisor.stop()
 
 
@@ -206,7 +199,7 @@ async def test_stop_before_anything_is_ready_ends_everything(tmp_path: Path) -> 
     await watched.until(lambda: watched["slow"].pid is not None)
     pid = watched["slow"].pid
     await watched.supervisor.stop()
-    assert not alive(pid)
+    assert not is_alive(pid)
 
 
 async def test_killing_the_supervisor_leaves_no_orphans(tmp_path: Path) -> None:
@@ -229,10 +222,10 @@ asyncio.run(main())
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
     assert parent.stdout is not None
     pids = [int(word) for word in (await asyncio.wait_for(parent.stdout.readline(), DEADLINE_S)).split()]
-    assert len(pids) == 2 and all(alive(pid) for pid in pids)
+    assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
     os.kill(parent.pid, signal.SIGKILL)
     await parent.wait()
-    await until(lambda: not any(alive(pid) for pid in pids))
+    await until(lambda: not any(is_alive(pid) for pid in pids))
 
 
 async def test_logs_are_bounded_whatever_a_process_prints(tmp_path: Path) -> None:
