@@ -63,7 +63,8 @@ class Connection:
             ("grpc.primary_user_agent", f"autoglm-python/{version()}"),
             ("grpc.service_config_disable_resolution", 1),
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
+            # Despite its name also how long one attempt to connect may take, far roads and busy doors included.
+            ("grpc.min_reconnect_backoff_ms", 5_000),
             ("grpc.max_reconnect_backoff_ms", 5_000),
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),

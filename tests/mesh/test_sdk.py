@@ -93,6 +93,30 @@ async def client(request: pytest.FixtureRequest, gateway: FakeGateway) -> AsyncI
     await made.close()
 
 
+@pytest.mark.parametrize("make", [Threaded, Awaited], ids=["sync", "async"])
+async def test_a_long_road_is_given_the_time_it_takes(make: Any, gateway: FakeGateway) -> None:
+    """A connection whose first byte comes late, as from another continent or a busy door, is waited for."""
+    host, _, port = gateway.target.rpartition(":")
+    late = asyncio.Event()
+
+    async def far(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(host, int(port))
+
+        async def carry(source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                to.write(data)
+            to.close()
+
+        asyncio.get_running_loop().call_later(1.0, late.set)
+        await late.wait()
+        await asyncio.gather(carry(reader, back), carry(there, writer))
+
+    async with await asyncio.start_server(far, "127.0.0.1", 0) as road:
+        client = make(f"127.0.0.1:{road.sockets[0].getsockname()[1]}", timeout=20)
+        assert (await client.generate("one two three", max_tokens=9)).text
+        await client.close()
+
+
 async def test_a_generation_comes_back_whole(client: Any, gateway: FakeGateway) -> None:
     """Text, counts, ids and digest arrive; the model is found without being named."""
     completion = await client.generate("one two three", max_tokens=9)
