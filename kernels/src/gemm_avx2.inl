@@ -201,6 +201,13 @@ static void multiply_u8(const uint8_t* data, const uint16_t* scales, int zero, c
 #undef AUTOGLM_CALL
 }
 
+// One panel of int4 weights in bytes of their own.
+static void multiply_spread(const uint8_t* data, const uint16_t* scales, const Activations& a, float* out, int stride) {
+#define AUTOGLM_CALL(T) tiles_u4<T, 1, true>(data, scales, a, r, out, stride)
+  AUTOGLM_TILES(AUTOGLM_CALL)
+#undef AUTOGLM_CALL
+}
+
 constexpr int kSpreadRows = 16;  // so many tokens share the work of spreading nibbles
 
 static void multiply_u4(const uint8_t* data, const uint16_t* scales, const Activations& a, float* out, int stride, const Scratch& scratch, int panels) {
@@ -216,9 +223,7 @@ static void multiply_u4(const uint8_t* data, const uint16_t* scales, const Activ
           _mm256_storeu_si256((__m256i*)(to + 32 * h), _mm256_and_si256(b, nibble));
           _mm256_storeu_si256((__m256i*)(to + 64 + 32 * h), _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble));
         }
-#define AUTOGLM_CALL(T) tiles_u4<T, 1, true>(scratch.panel, scales, a, r, out, stride)
-      AUTOGLM_TILES(AUTOGLM_CALL)
-#undef AUTOGLM_CALL
+      multiply_spread(scratch.panel, scales, a, out, stride);
     }
     return;
   }

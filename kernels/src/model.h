@@ -65,8 +65,9 @@ class Model {
 
   void step(const Step& step);
 
-  // Inactive neurons are skipped in layers that have them, while the active share of a step stays below this.
-  double dense_above = 0.7;
+  // Inactive neurons are skipped in layers that have them, while the active share of a step stays below this. One or two
+  // rows always skip: bringing the weights into panels costs them more than any number of neurons.
+  double dense_above = 0.85;
   // Seconds per Phase on the calling thread, and neurons computed of those there were, since the start.
   double seconds[int(Phase::count)] = {};
   uint64_t active_neurons = 0, all_neurons = 0;
