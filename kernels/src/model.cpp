@@ -13,7 +13,6 @@ namespace {
 constexpr int kPrivateRows = 2;      // so few rows are normed and quantised by every thread itself, without a barrier
 constexpr size_t kTokenBytes = 192u << 10;   // activations of a token block: they stay in the second-level cache
 constexpr int kTask = 64;            // outputs of a task: four panels, read side by side
-constexpr int kTileRows = 8;         // query rows of an attention task
 
 // Tokens multiplied with one task's weights before the next task's.
 int token_block(const Matrix& w, const Activations& a) {
@@ -102,7 +101,7 @@ Model::Model(const Kernels* kernels, Pool* pool, Shape shape, std::vector<Layer>
     panel = std::max(panel, 4 * size_t(w.inner) * kPanel + 4 * size_t(w.inner) / 32 * kPanel * 2 + 64);
     panel += size_t(widest) / 32 * kPanel * 2;
   }
-  const int context = pad(shape_.max_context, kPanel) + kPanel;
+  const int context = pad(shape_.max_context, kPanel) + 2 * kPanel;
   for (int t = 0; t < pool_->threads(); ++t) {
     auto local = std::make_unique<Local>();
     local->quantised.reserve(kPrivateRows, widest, k_->wants_q16);
@@ -133,8 +132,8 @@ void Model::step(const Step& step) {
   Working& w = *work_;
   w.tiles.clear();
   for (int s = 0; s < step.span_count; ++s)
-    for (int r = 0; r < step.spans[s].count; r += kTileRows)
-      w.tiles.push_back({s, r, std::min(kTileRows, step.spans[s].count - r)});
+    for (int r = 0; r < step.spans[s].count; r += k_->attention_rows)
+      w.tiles.push_back({s, r, std::min(k_->attention_rows, step.spans[s].count - r)});
   // The longest rows first, so that no thread is left alone with one at the end.
   std::stable_sort(w.tiles.begin(), w.tiles.end(), [&](const Working::Tile& a, const Working::Tile& b) {
     return step.spans[a.span].start + a.row + a.rows > step.spans[b.span].start + b.row + b.rows;
