@@ -117,7 +117,7 @@ static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Act
   const uint8_t* w = data;
   for (int g = 0; g < groups; ++g) {
     prefetch_scales<P>(scales, g, groups);
-    __m256i sum[T][P][H];
+    alignas(32) int32_t sum[T][P][8 * H];  // in memory likewise
     AUTOGLM_UNROLL for (int run = 0; run < R; ++run, q += 32) {
       __m256i s[T][P][H];
       AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
@@ -143,21 +143,26 @@ static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Act
           }
         }
       }
-      AUTOGLM_UNROLL for (int p = 0; p < P; ++p) AUTOGLM_UNROLL for (int h = 0; h < H; ++h) AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
-        const __m256i wide = _mm256_madd_epi16(s[t][p][h], ones);
-        sum[t][p][h] = run ? _mm256_add_epi32(sum[t][p][h], wide) : wide;
-        settle(sum[t][p][h]);
-      }
-    }
-    AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
-      AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
-        const __m256 ws = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * h));
+      AUTOGLM_UNROLL for (int p = 0; p < P; ++p) {
+        __m256 ws[H];
+        if (run == R - 1) AUTOGLM_UNROLL for (int h = 0; h < H; ++h)
+          ws[h] = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * h));
         AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
           const size_t at = size_t(t) * size_t(groups) + size_t(g);
-          add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[t][p][h], _mm256_set1_epi32(sum8[at]))),
-                 _mm256_mul_ps(ws, _mm256_broadcast_ss(factor + at)));
+          const __m256i offset = _mm256_set1_epi32(sum8[at]);
+          const __m256 scale = _mm256_broadcast_ss(factor + at);
+          AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
+            __m256i wide = _mm256_madd_epi16(s[t][p][h], ones);
+            if (run) wide = _mm256_add_epi32(wide, load_sum(&sum[t][p][8 * h]));
+            if (run == R - 1) {
+              add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, offset)), _mm256_mul_ps(ws[h], scale));
+            } else {
+              store_sum(&sum[t][p][8 * h], wide);
+            }
+          }
         }
       }
+    }
   }
   AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p) AUTOGLM_UNROLL for (int h = 0; h < H; ++h)
     _mm256_storeu_ps(out + size_t(r0 + t) * size_t(stride) + p * kPanel + 8 * h, _mm256_load_ps(&acc[t][p][8 * h]));
