@@ -157,6 +157,18 @@ void Model::each(std::atomic<int>& counter, int tasks, int chunk, F&& body) {
   }
 }
 
+// Chunks of tasks for each block of tokens. A unit of work is one chunk for one block, small enough that a thread whose
+// CPU is slowed down does not keep the others waiting.
+template <class F>
+void Model::each_block(std::atomic<int>& counter, int tasks, const Activations& a, int block, F&& body) {
+  const int chunk = chunk_of(tasks, a.rows);
+  const int chunks = (tasks + chunk - 1) / chunk, blocks = (a.rows + block - 1) / block;
+  each(counter, chunks * blocks, 1, [&](int unit, int) {
+    const int from = unit / blocks * chunk, r0 = unit % blocks * block;
+    body(from, std::min(from + chunk, tasks), r0, part(a, r0, std::min(block, a.rows - r0)));
+  });
+}
+
 void Model::sync(int thread, Phase phase) {
   pool_->barrier();
   if (thread != 0) return;
@@ -192,21 +204,17 @@ Activations Model::prepared(int thread, Local& local, const float* x, int stride
 void Model::product(std::atomic<int>& counter, const Matrix& w, const Activations& a, Local& local, const float* bias,
                     float* out, int stride, bool adds) {
   const int tasks = (w.padded_n() + kTask - 1) / kTask;
-  const int block = token_block(w, a);
-  each(counter, tasks, chunk_of(tasks, a.rows), [&](int from, int to) {
-    for (int r0 = 0; r0 < a.rows; r0 += block) {
-      const Activations rows = part(a, r0, std::min(block, a.rows - r0));
-      for (int task = from; task < to; ++task) {
-        const int width = std::min(kTask, w.padded_n() - task * kTask);
-        float* got = local.scratch.out;
-        multiply(w, task, width, rows, got, local.scratch);
-        for (int r = 0; r < rows.rows; ++r) {
-          float* x = got + r * kTask;
-          float* to_row = out + size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
-          if (bias) k_->add_bias(x, bias + task * kTask, width);
-          if (adds) k_->accumulate(to_row, x, shape_.residual_scale, width);
-          else std::memcpy(to_row, x, size_t(width) * 4);
-        }
+  each_block(counter, tasks, a, token_block(w, a), [&](int from, int to, int r0, const Activations& rows) {
+    for (int task = from; task < to; ++task) {
+      const int width = std::min(kTask, w.padded_n() - task * kTask);
+      float* got = local.scratch.out;
+      multiply(w, task, width, rows, got, local.scratch);
+      for (int r = 0; r < rows.rows; ++r) {
+        float* x = got + r * kTask;
+        float* to_row = out + size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
+        if (bias) k_->add_bias(x, bias + task * kTask, width);
+        if (adds) k_->accumulate(to_row, x, shape_.residual_scale, width);
+        else std::memcpy(to_row, x, size_t(width) * 4);
       }
     }
   });
@@ -223,23 +231,19 @@ void Model::multiply(const Matrix& w, int task, int width, const Activations& a,
 void Model::gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, const float* gates,
                             float* out, int stride) {
   const int tasks = (layer.gate.padded_n() + kTask - 1) / kTask;
-  const int block = token_block(layer.gate, a);
   float* got = local.scratch.out;
-  each(counter, tasks, chunk_of(tasks, a.rows), [&](int from, int to) {
-    for (int r0 = 0; r0 < a.rows; r0 += block) {
-      const Activations rows = part(a, r0, std::min(block, a.rows - r0));
-      // All gates of the chunk, then all ups: each is one long stretch of memory.
-      for (int pass = gates ? 1 : 0; pass < 2; ++pass)
-        for (int task = from; task < to; ++task) {
-          const int width = std::min(kTask, layer.gate.padded_n() - task * kTask);
-          multiply(pass == 0 ? layer.gate : layer.up, task, width, rows, got, local.scratch);
-          for (int r = 0; r < rows.rows; ++r) {
-            const size_t at = size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
-            if (pass == 0) std::memcpy(out + at, got + r * kTask, size_t(width) * 4);
-            else k_->gate_up(shape_.act, shape_.threshold, (gates ? gates : out) + at, got + r * kTask, out + at, width);
-          }
+  each_block(counter, tasks, a, token_block(layer.gate, a), [&](int from, int to, int r0, const Activations& rows) {
+    // All gates of the chunk, then all ups: each is one long stretch of memory.
+    for (int pass = gates ? 1 : 0; pass < 2; ++pass)
+      for (int task = from; task < to; ++task) {
+        const int width = std::min(kTask, layer.gate.padded_n() - task * kTask);
+        multiply(pass == 0 ? layer.gate : layer.up, task, width, rows, got, local.scratch);
+        for (int r = 0; r < rows.rows; ++r) {
+          const size_t at = size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
+          if (pass == 0) std::memcpy(out + at, got + r * kTask, size_t(width) * 4);
+          else k_->gate_up(shape_.act, shape_.threshold, (gates ? gates : out) + at, got + r * kTask, out + at, width);
         }
-    }
+      }
   });
 }
 

@@ -78,6 +78,8 @@ class Model {
   void run(int thread);
   template <class F>
   void each(std::atomic<int>& counter, int tasks, int chunk, F&& body);
+  template <class F>
+  void each_block(std::atomic<int>& counter, int tasks, const Activations& a, int block, F&& body);
   void product(std::atomic<int>& counter, const Matrix& w, const Activations& a, Local& local, const float* bias,
                float* out, int stride, bool adds);
   void multiply(const Matrix& w, int task, int width, const Activations& a, float* out, const Scratch& scratch);
