@@ -186,6 +186,7 @@ Activations Model::prepared(int thread, Local& local, const float* x, int stride
   const int threads = pool_->threads();
   const int begin = alone ? 0 : rows * thread / threads, end = alone ? rows : rows * (thread + 1) / threads;
   Activations a = q.view(rows, w.padded_k(), groups);
+  if (w.kind == Kind::int4) a.q16 = nullptr;  // only products with int8 look at these
   const float* from = x;
   int from_stride = stride;
   if (norm) {
