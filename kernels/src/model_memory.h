@@ -66,6 +66,7 @@ struct Model::Working {
 };
 
 struct Model::Local {
+  int thread = 0;
   Quantised quantised;
   Scratch scratch;
   Buffer<float> normed, out, scores;
