@@ -19,7 +19,7 @@ from engine.executors.native import KvKind, NativeExecutor, page_bytes
 from engine.precision.plan import Plan
 
 TILE = 1 << 24
-"""Random bytes that are repeated: their compression does not matter, their number does."""
+"""Random bytes that are repeated, from another place in each matrix."""
 
 
 def architecture(shape: Shape, context: int = 4096, activation_threshold: float = 0.0) -> Architecture:
@@ -55,12 +55,15 @@ def random_weights(arch: Architecture, plan: Plan, seed: int = 0) -> PackedWeigh
     entries = layout_of(arch, plan)
     memory = huge_memory(max(entry.end for entry in entries))
     rng = np.random.default_rng(seed)
-    tile = rng.integers(0, 256, TILE, dtype=np.uint8)
+    tiles = {kind: rng.integers(0, 256, TILE, dtype=np.uint8) for kind in ("int8", "int4", "bf16")}
+    # Without the nibble 0 (-8), weights have no mean. With it all gates of a token would rise and fall together.
+    tiles["int4"] = (rng.integers(1, 16, TILE) | rng.integers(1, 16, TILE) << 4).astype(np.uint8)
     for entry in entries:
         data = memory[entry.offset : entry.offset + entry.data_bytes]
         if entry.format is None:
             data.view(np.float32)[:] = 0.0 if entry.name.endswith("bias") else 1.0
             continue
+        tile = np.roll(tiles[entry.format.kind], int(rng.integers(TILE)))  # no two matrices alike
         for start in range(0, len(data), TILE):
             data[start : start + TILE] = tile[: min(TILE, len(data) - start)]
         if entry.format.kind == "bf16":

@@ -55,7 +55,7 @@ Shape shape_from(const nb::dict& d) {
   s.layers = number(d, "layers", 1, 4096);
   s.head.heads = number(d, "heads", 1, 4096);
   s.head.kv_heads = number(d, "kv_heads", 1, s.head.heads);
-  s.head.size = number(d, "head_size", 2, 1024);
+  s.head.size = number(d, "head_size", 2, kMostHeadSize);
   s.head.rotary = number(d, "rotary", 0, s.head.size);
   if (s.head.heads % s.head.kv_heads || s.head.rotary % 2) throw std::invalid_argument("Model: heads must be a multiple of kv_heads, and rotary even");
   s.head.interleaved = nb::cast<bool>(d["interleaved"]);

@@ -26,6 +26,7 @@ enum class Layout : int {
 };
 
 constexpr int kPanel = 16;          // outputs of a panel, and positions of a key-value page
+constexpr int kMostHeadSize = 1024;
 constexpr int kZero8 = 128;         // stored int8 = weight + 128
 constexpr int kZero4 = 8;           // stored int4 = weight + 8; both are multiples of eight
 constexpr size_t kAlignment = 64;

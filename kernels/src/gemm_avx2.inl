@@ -103,26 +103,27 @@ static void panel_u8_tile(const uint8_t* data, const uint16_t* scales, int zero,
 }
 
 // The same for int4. `Spread`: nibbles were put into bytes of their own before, which pays when many tiles read them.
-template <int T, int P, bool Spread>
+// `R`: runs of 32 elements in a group; eight vpmaddubsw of a run fit a 16-bit sum.
+template <int T, int P, bool Spread, int R>
 static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Activations& a, int r0, float* out, int stride) {
   constexpr int H = 2;  // halves of a panel: eight outputs each
-  const int groups = a.groups(), runs = a.group / 32;
+  const int groups = a.groups();
   const size_t k = size_t(a.k), panel_bytes = k * kPanel / 2, panel_scales = size_t(groups) * kPanel;
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   const int8_t* q = a.q8 + size_t(r0) * k;
   alignas(32) float acc[T][P][8 * H] = {};
   const int32_t* sum8 = a.sum8 + size_t(r0) * size_t(groups);
   const float* factor = a.scale + size_t(r0) * size_t(groups);
-  alignas(32) int32_t sum[T][P][8 * H];
   const uint8_t* w = data;
   for (int g = 0; g < groups; ++g) {
     prefetch_scales<P>(scales, g, groups);
-    for (int run = 0; run < runs; ++run, q += 32) {  // 32 elements of k: eight vpmaddubsw per sum
+    alignas(32) int32_t sum[T][P][8 * H];  // in memory likewise
+    AUTOGLM_UNROLL for (int run = 0; run < R; ++run, q += 32) {
       __m256i s[T][P][H];
       AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
         AUTOGLM_UNROLL for (int h = 0; h < H; ++h) s[t][p][h] = _mm256_setzero_si256();
       const size_t ahead = ahead_of<P>(size_t(w - data), panel_bytes);
-      for (int i = 0; i < 4; ++i, w += Spread ? 128 : 64) {
+      AUTOGLM_UNROLL for (int i = 0; i < 4; ++i, w += Spread ? 128 : 64) {
         AUTOGLM_UNROLL for (int p = 0; p < P; ++p) {
           __m256i lo[H], hi[H];
           if (!Spread) _mm_prefetch((const char*)(w + size_t(p) * panel_bytes + ahead), _MM_HINT_T0);
@@ -135,29 +136,32 @@ static void panel_u4_tile(const uint8_t* data, const uint16_t* scales, const Act
           AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
             const __m256i b0 = spread(q + size_t(t) * k + 8 * i), b1 = spread(q + size_t(t) * k + 8 * i + 4);
             AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
-              s[t][p][h] = _mm256_add_epi16(s[t][p][h], _mm256_add_epi16(_mm256_maddubs_epi16(lo[h], b0), _mm256_maddubs_epi16(hi[h], b1)));
+              s[t][p][h] = i ? _mm256_add_epi16(s[t][p][h], _mm256_maddubs_epi16(lo[h], b0)) : _mm256_maddubs_epi16(lo[h], b0);
+              s[t][p][h] = _mm256_add_epi16(s[t][p][h], _mm256_maddubs_epi16(hi[h], b1));
               settle(s[t][p][h]);
             }
           }
         }
       }
-      const bool opens = run == 0, closes = run == runs - 1;
-      AUTOGLM_UNROLL for (int p = 0; p < P; ++p)
-        AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
-          __m256 ws = _mm256_setzero_ps();
-          if (closes) ws = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * h));
-          AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
+      AUTOGLM_UNROLL for (int p = 0; p < P; ++p) {
+        __m256 ws[H];
+        if (run == R - 1) AUTOGLM_UNROLL for (int h = 0; h < H; ++h)
+          ws[h] = widen8(scales + size_t(p) * panel_scales + size_t(g) * kPanel + size_t(8 * h));
+        AUTOGLM_UNROLL for (int t = 0; t < T; ++t) {
+          const size_t at = size_t(t) * size_t(groups) + size_t(g);
+          const __m256i offset = _mm256_set1_epi32(sum8[at]);
+          const __m256 scale = _mm256_broadcast_ss(factor + at);
+          AUTOGLM_UNROLL for (int h = 0; h < H; ++h) {
             __m256i wide = _mm256_madd_epi16(s[t][p][h], ones);
-            if (!opens) wide = _mm256_add_epi32(wide, load_sum(&sum[t][p][8 * h]));
-            if (!closes) {
+            if (run) wide = _mm256_add_epi32(wide, load_sum(&sum[t][p][8 * h]));
+            if (run == R - 1) {
+              add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, offset)), _mm256_mul_ps(ws[h], scale));
+            } else {
               store_sum(&sum[t][p][8 * h], wide);
-              continue;
             }
-            const size_t at = size_t(t) * size_t(groups) + size_t(g);
-            add_to(&acc[t][p][8 * h], _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, _mm256_set1_epi32(sum8[at]))),
-                   _mm256_mul_ps(ws, _mm256_broadcast_ss(factor + at)));
           }
         }
+      }
     }
   }
   AUTOGLM_UNROLL for (int t = 0; t < T; ++t) AUTOGLM_UNROLL for (int p = 0; p < P; ++p) AUTOGLM_UNROLL for (int h = 0; h < H; ++h)
@@ -179,7 +183,11 @@ template <int T, int P, bool Spread>
 static inline void tiles_u4(const uint8_t* d, const uint16_t* s, const Activations& a, int r, float* out, int stride) {
   constexpr int together = T <= 2 && P > 1 ? 2 : 1;
   for (int p = 0; p < P; p += together)
-    panel_u4_tile<T, together, Spread>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride);
+    switch (a.group) {
+      case 32: panel_u4_tile<T, together, Spread, 1>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride); break;
+      case 64: panel_u4_tile<T, together, Spread, 2>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride); break;
+      default: panel_u4_tile<T, together, Spread, 4>(d + size_t(p) * size_t(a.k) * kPanel / 2, s + size_t(p) * size_t(a.groups()) * kPanel, a, r, out + p * kPanel, stride); break;
+    }
 }
 
 #define AUTOGLM_TILES(call)                    \
@@ -201,6 +209,13 @@ static void multiply_u8(const uint8_t* data, const uint16_t* scales, int zero, c
 #undef AUTOGLM_CALL
 }
 
+// One panel of int4 weights in bytes of their own.
+static void multiply_spread(const uint8_t* data, const uint16_t* scales, const Activations& a, float* out, int stride) {
+#define AUTOGLM_CALL(T) tiles_u4<T, 1, true>(data, scales, a, r, out, stride)
+  AUTOGLM_TILES(AUTOGLM_CALL)
+#undef AUTOGLM_CALL
+}
+
 constexpr int kSpreadRows = 16;  // so many tokens share the work of spreading nibbles
 
 static void multiply_u4(const uint8_t* data, const uint16_t* scales, const Activations& a, float* out, int stride, const Scratch& scratch, int panels) {
@@ -216,9 +231,7 @@ static void multiply_u4(const uint8_t* data, const uint16_t* scales, const Activ
           _mm256_storeu_si256((__m256i*)(to + 32 * h), _mm256_and_si256(b, nibble));
           _mm256_storeu_si256((__m256i*)(to + 64 + 32 * h), _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble));
         }
-#define AUTOGLM_CALL(T) tiles_u4<T, 1, true>(scratch.panel, scales, a, r, out, stride)
-      AUTOGLM_TILES(AUTOGLM_CALL)
-#undef AUTOGLM_CALL
+      multiply_spread(scratch.panel, scales, a, out, stride);
     }
     return;
   }

@@ -36,6 +36,7 @@ struct AttentionTile {
 struct Kernels {
   const char* name;
   bool wants_q16;
+  int attention_rows;  // of a prompt in one call of `attend`: their queries fill whole register tiles
 
   // out[r][i] = x[r][i] / sqrt(mean(x[r]^2) + eps) * weight[i]
   void (*rms_norm)(const float* x, int stride, int rows, int n, const float* weight, float eps, float* out, int out_stride);

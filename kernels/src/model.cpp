@@ -13,7 +13,6 @@ namespace {
 constexpr int kPrivateRows = 2;      // so few rows are normed and quantised by every thread itself, without a barrier
 constexpr size_t kTokenBytes = 192u << 10;   // activations of a token block: they stay in the second-level cache
 constexpr int kTask = 64;            // outputs of a task: four panels, read side by side
-constexpr int kTileRows = 8;         // query rows of an attention task
 
 // Tokens multiplied with one task's weights before the next task's.
 int token_block(const Matrix& w, const Activations& a) {
@@ -93,7 +92,7 @@ Model::Model(const Kernels* kernels, Pool* pool, Shape shape, std::vector<Layer>
   w.sin = buffer<float>(n * size_t(head_shape.rotary / 2 + 1));
   const int widest = std::max({pad(shape_.hidden, 128), pad(head_shape.heads * head_shape.size, 128), w.inner});
   w.quantised.reserve(rows, widest, k_->wants_q16);
-  w.counters = std::make_unique<std::atomic<int>[]>(size_t(shape_.layers) * 8 + 8);
+  w.counters = std::make_unique<std::atomic<int>[]>((size_t(shape_.layers) * 8 + 8) * size_t(pool_->threads()));
   bool skips = false;
   size_t panel = size_t(widest) * kPanel + 64;
   for (const Layer& layer : layers_) skips = skips || layer.up.layout == Layout::rows;
@@ -102,9 +101,10 @@ Model::Model(const Kernels* kernels, Pool* pool, Shape shape, std::vector<Layer>
     panel = std::max(panel, 4 * size_t(w.inner) * kPanel + 4 * size_t(w.inner) / 32 * kPanel * 2 + 64);
     panel += size_t(widest) / 32 * kPanel * 2;
   }
-  const int context = pad(shape_.max_context, kPanel) + kPanel;
+  const int context = pad(shape_.max_context, kPanel) + 2 * kPanel;
   for (int t = 0; t < pool_->threads(); ++t) {
     auto local = std::make_unique<Local>();
+    local->thread = t;
     local->quantised.reserve(kPrivateRows, widest, k_->wants_q16);
     local->normed = buffer<float>(size_t(kPrivateRows) * size_t(w.hidden));
     local->out = buffer<float>(n * kTask);
@@ -133,13 +133,13 @@ void Model::step(const Step& step) {
   Working& w = *work_;
   w.tiles.clear();
   for (int s = 0; s < step.span_count; ++s)
-    for (int r = 0; r < step.spans[s].count; r += kTileRows)
-      w.tiles.push_back({s, r, std::min(kTileRows, step.spans[s].count - r)});
+    for (int r = 0; r < step.spans[s].count; r += k_->attention_rows)
+      w.tiles.push_back({s, r, std::min(k_->attention_rows, step.spans[s].count - r)});
   // The longest rows first, so that no thread is left alone with one at the end.
   std::stable_sort(w.tiles.begin(), w.tiles.end(), [&](const Working::Tile& a, const Working::Tile& b) {
     return step.spans[a.span].start + a.row + a.rows > step.spans[b.span].start + b.row + b.rows;
   });
-  for (int i = 0; i < shape_.layers * 8 + 8; ++i) w.counters[size_t(i)].store(0, std::memory_order_relaxed);
+  for (int i = 0; i < (shape_.layers * 8 + 8) * pool_->threads(); ++i) w.counters[size_t(i)].store(0, std::memory_order_relaxed);
   mark_ = now();
   pool_->run([](void* self, int thread) { static_cast<Model*>(self)->run(thread); }, this);
 }
@@ -149,13 +149,32 @@ int Model::chunk_of(int tasks, int rows) const {
   return std::max(1, std::min(rows > 4 ? 2 : 16, tasks / (pool_->threads() * 8)));
 }
 
+// Every thread begins with an own stretch of the tasks, so that what it reads next follows what it reads now, and then
+// takes what is left of the others'.
 template <class F>
-void Model::each(std::atomic<int>& counter, int tasks, int chunk, F&& body) {
-  for (;;) {
-    const int from = counter.fetch_add(chunk, std::memory_order_relaxed);
-    if (from >= tasks) return;
-    body(from, std::min(from + chunk, tasks));
+void Model::each(int thread, std::atomic<int>* counters, int tasks, F&& body) {
+  const int threads = pool_->threads();
+  for (int i = 0; i < threads; ++i) {
+    const int whose = (thread + i) % threads;
+    const int begin = int(int64_t(tasks) * whose / threads), end = int(int64_t(tasks) * (whose + 1) / threads);
+    for (;;) {
+      const int task = begin + counters[whose].fetch_add(1, std::memory_order_relaxed);
+      if (task >= end) break;
+      body(task);
+    }
   }
+}
+
+// Chunks of tasks for each block of tokens. A unit of work is one chunk for one block, small enough that a thread whose
+// CPU is slowed down does not keep the others waiting.
+template <class F>
+void Model::each_block(int thread, std::atomic<int>* counters, int tasks, const Activations& a, int block, F&& body) {
+  const int chunk = chunk_of(tasks, a.rows);
+  const int chunks = (tasks + chunk - 1) / chunk, blocks = (a.rows + block - 1) / block;
+  each(thread, counters, chunks * blocks, [&](int unit) {
+    const int from = unit / blocks * chunk, r0 = unit % blocks * block;
+    body(from, std::min(from + chunk, tasks), r0, part(a, r0, std::min(block, a.rows - r0)));
+  });
 }
 
 void Model::sync(int thread, Phase phase) {
@@ -175,6 +194,7 @@ Activations Model::prepared(int thread, Local& local, const float* x, int stride
   const int threads = pool_->threads();
   const int begin = alone ? 0 : rows * thread / threads, end = alone ? rows : rows * (thread + 1) / threads;
   Activations a = q.view(rows, w.padded_k(), groups);
+  if (w.kind == Kind::int4) a.q16 = nullptr;  // only products with int8 look at these
   const float* from = x;
   int from_stride = stride;
   if (norm) {
@@ -190,24 +210,20 @@ Activations Model::prepared(int thread, Local& local, const float* x, int stride
 }
 
 // out[r][n] = w x[r] (+ bias), or added to what is there. A task is 64 outputs.
-void Model::product(std::atomic<int>& counter, const Matrix& w, const Activations& a, Local& local, const float* bias,
+void Model::product(std::atomic<int>* counters, const Matrix& w, const Activations& a, Local& local, const float* bias,
                     float* out, int stride, bool adds) {
   const int tasks = (w.padded_n() + kTask - 1) / kTask;
-  const int block = token_block(w, a);
-  each(counter, tasks, chunk_of(tasks, a.rows), [&](int from, int to) {
-    for (int r0 = 0; r0 < a.rows; r0 += block) {
-      const Activations rows = part(a, r0, std::min(block, a.rows - r0));
-      for (int task = from; task < to; ++task) {
-        const int width = std::min(kTask, w.padded_n() - task * kTask);
-        float* got = local.scratch.out;
-        multiply(w, task, width, rows, got, local.scratch);
-        for (int r = 0; r < rows.rows; ++r) {
-          float* x = got + r * kTask;
-          float* to_row = out + size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
-          if (bias) k_->add_bias(x, bias + task * kTask, width);
-          if (adds) k_->accumulate(to_row, x, shape_.residual_scale, width);
-          else std::memcpy(to_row, x, size_t(width) * 4);
-        }
+  each_block(local.thread, counters, tasks, a, token_block(w, a), [&](int from, int to, int r0, const Activations& rows) {
+    for (int task = from; task < to; ++task) {
+      const int width = std::min(kTask, w.padded_n() - task * kTask);
+      float* got = local.scratch.out;
+      multiply(w, task, width, rows, got, local.scratch);
+      for (int r = 0; r < rows.rows; ++r) {
+        float* x = got + r * kTask;
+        float* to_row = out + size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
+        if (bias) k_->add_bias(x, bias + task * kTask, width);
+        if (adds) k_->accumulate(to_row, x, shape_.residual_scale, width);
+        else std::memcpy(to_row, x, size_t(width) * 4);
       }
     }
   });
@@ -221,26 +237,22 @@ void Model::multiply(const Matrix& w, int task, int width, const Activations& a,
 }
 
 // out[r][n] = act(gate) * up. `gates` are the gate's products where they are known already, else null.
-void Model::gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, const float* gates,
+void Model::gate_up_product(std::atomic<int>* counters, const Layer& layer, const Activations& a, Local& local, const float* gates,
                             float* out, int stride) {
   const int tasks = (layer.gate.padded_n() + kTask - 1) / kTask;
-  const int block = token_block(layer.gate, a);
   float* got = local.scratch.out;
-  each(counter, tasks, chunk_of(tasks, a.rows), [&](int from, int to) {
-    for (int r0 = 0; r0 < a.rows; r0 += block) {
-      const Activations rows = part(a, r0, std::min(block, a.rows - r0));
-      // All gates of the chunk, then all ups: each is one long stretch of memory.
-      for (int pass = gates ? 1 : 0; pass < 2; ++pass)
-        for (int task = from; task < to; ++task) {
-          const int width = std::min(kTask, layer.gate.padded_n() - task * kTask);
-          multiply(pass == 0 ? layer.gate : layer.up, task, width, rows, got, local.scratch);
-          for (int r = 0; r < rows.rows; ++r) {
-            const size_t at = size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
-            if (pass == 0) std::memcpy(out + at, got + r * kTask, size_t(width) * 4);
-            else k_->gate_up(shape_.act, shape_.threshold, (gates ? gates : out) + at, got + r * kTask, out + at, width);
-          }
+  each_block(local.thread, counters, tasks, a, token_block(layer.gate, a), [&](int from, int to, int r0, const Activations& rows) {
+    // All gates of the chunk, then all ups: each is one long stretch of memory.
+    for (int pass = gates ? 1 : 0; pass < 2; ++pass)
+      for (int task = from; task < to; ++task) {
+        const int width = std::min(kTask, layer.gate.padded_n() - task * kTask);
+        multiply(pass == 0 ? layer.gate : layer.up, task, width, rows, got, local.scratch);
+        for (int r = 0; r < rows.rows; ++r) {
+          const size_t at = size_t(r0 + r) * size_t(stride) + size_t(task) * kTask;
+          if (pass == 0) std::memcpy(out + at, got + r * kTask, size_t(width) * 4);
+          else k_->gate_up(shape_.act, shape_.threshold, (gates ? gates : out) + at, got + r * kTask, out + at, width);
         }
-    }
+      }
   });
 }
 
@@ -275,11 +287,11 @@ void Model::run(int thread) {
   const size_t head_bytes = kv_head_bytes(head.kv, head.size);
   for (int number = 0; number < shape_.layers; ++number) {
     const Layer& layer = layers_[size_t(number)];
-    std::atomic<int>* counters = w.counters.get() + size_t(number) * 8;
+    const auto counters = [&](int product) { return w.counters.get() + size_t(number * 8 + product) * size_t(threads); };
     uint8_t* pool = pages_ + size_t(number) * size_t(head.kv_heads) * head_bytes;
 
     const Activations x = prepared(thread, local, w.h.get(), w.hidden, rows, layer.input_norm, layer.qkv);
-    product(counters[0], layer.qkv, x, local, layer.qkv_bias, w.qkv_rows.get(), w.qkv, false);
+    product(counters(0), layer.qkv, x, local, layer.qkv_bias, w.qkv_rows.get(), w.qkv, false);
     sync(thread, Phase::qkv);
 
     // Rotates keys and queries and writes keys and values. One position a span: attention can follow at once.
@@ -307,7 +319,8 @@ void Model::run(int thread) {
         }
       pool_->barrier();
     }
-    each(counters[1], int(w.tiles.size()) * head.kv_heads, 1, [&](int from, int) {
+    std::atomic<int>& next = *counters(1);  // all from one list, whose last entries are the shortest
+    for (int from; (from = next.fetch_add(1, std::memory_order_relaxed)) < int(w.tiles.size()) * head.kv_heads;) {
       const Working::Tile& tile = w.tiles[size_t(from / head.kv_heads)];
       const int kv = from % head.kv_heads;
       const Span& span = step.spans[tile.span];
@@ -324,7 +337,7 @@ void Model::run(int thread) {
       t.pool = pool + size_t(kv) * head_bytes;
       t.page_bytes = page_bytes();
       k_->attend(head, t, local.scratch);
-    });
+    }
     sync(thread, Phase::attention);
 
     // Sandwich norms stand between a product and its addition, so the product goes to memory of its own first.
@@ -338,7 +351,7 @@ void Model::run(int thread) {
     };
     const Activations m = prepared(thread, local, w.mixed.get(), w.query, rows, nullptr, layer.o);
     float* to = layer.post_attention_norm ? w.tmp.get() : w.h.get();
-    product(counters[2], layer.o, m, local, layer.o_bias, to, w.hidden, !layer.post_attention_norm);
+    product(counters(2), layer.o, m, local, layer.o_bias, to, w.hidden, !layer.post_attention_norm);
     if (layer.post_attention_norm) add_normed(layer.post_attention_norm);
     sync(thread, Phase::o);
 
@@ -346,27 +359,26 @@ void Model::run(int thread) {
     to = layer.post_mlp_norm ? w.tmp.get() : w.h.get();
     const float* gates = nullptr;
     if (layer.up.layout == Layout::rows && rows <= kSparseRows) {
-      product(counters[3], layer.gate, n, local, nullptr, w.gates.get(), w.inner, false);
+      product(counters(3), layer.gate, n, local, nullptr, w.gates.get(), w.inner, false);
       gates = w.gates.get();
       sync(thread, Phase::gate_up);
     }
     if (!gates || !skip_inactive(thread, local, layer, n, gates)) {
-      gate_up_product(counters[4], layer, n, local, gates, w.act.get(), w.inner);
+      gate_up_product(counters(4), layer, n, local, gates, w.act.get(), w.inner);
       sync(thread, Phase::gate_up);
       const Activations d = prepared(thread, local, w.act.get(), w.inner, rows, nullptr, layer.down);
-      product(counters[5], layer.down, d, local, nullptr, to, w.hidden, !layer.post_mlp_norm);
+      product(counters(5), layer.down, d, local, nullptr, to, w.hidden, !layer.post_mlp_norm);
     }
     if (layer.post_mlp_norm) add_normed(layer.post_mlp_norm);
     sync(thread, Phase::down);
   }
 
   if (step.wanted_count) {
-    std::atomic<int>* counters = w.counters.get() + size_t(shape_.layers) * 8;
     for (int i = thread; i < step.wanted_count; i += threads)
       std::memcpy(w.tmp.get() + size_t(i) * size_t(w.hidden), w.h.get() + size_t(step.wanted[i]) * size_t(w.hidden), size_t(shape_.hidden) * 4);
     pool_->barrier();
     const Activations x = prepared(thread, local, w.tmp.get(), w.hidden, step.wanted_count, norm_, head_);
-    product(counters[0], head_, x, local, nullptr, step.logits, step.logits_stride, false);
+    product(w.counters.get() + size_t(shape_.layers * 8) * size_t(threads), head_, x, local, nullptr, step.logits, step.logits_stride, false);
     pool_->barrier();
     if (shape_.logit_scale != 1.0f)
       for (int i = thread; i < step.wanted_count; i += threads)

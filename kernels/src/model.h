@@ -65,8 +65,9 @@ class Model {
 
   void step(const Step& step);
 
-  // Inactive neurons are skipped in layers that have them, while the active share of a step stays below this.
-  double dense_above = 0.7;
+  // Inactive neurons are skipped in layers that have them, while the active share of a step stays below this. One or two
+  // rows always skip: bringing the weights into panels costs them more than any number of neurons.
+  double dense_above = 0.85;
   // Seconds per Phase on the calling thread, and neurons computed of those there were, since the start.
   double seconds[int(Phase::count)] = {};
   uint64_t active_neurons = 0, all_neurons = 0;
@@ -76,12 +77,14 @@ class Model {
   struct Local;
   void run(int thread);
   template <class F>
-  void each(std::atomic<int>& counter, int tasks, int chunk, F&& body);
-  void product(std::atomic<int>& counter, const Matrix& w, const Activations& a, Local& local, const float* bias,
+  void each(int thread, std::atomic<int>* counters, int tasks, F&& body);
+  template <class F>
+  void each_block(int thread, std::atomic<int>* counters, int tasks, const Activations& a, int block, F&& body);
+  void product(std::atomic<int>* counters, const Matrix& w, const Activations& a, Local& local, const float* bias,
                float* out, int stride, bool adds);
   void multiply(const Matrix& w, int task, int width, const Activations& a, float* out, const Scratch& scratch);
   int chunk_of(int tasks, int rows) const;
-  void gate_up_product(std::atomic<int>& counter, const Layer& layer, const Activations& a, Local& local, const float* gates,
+  void gate_up_product(std::atomic<int>* counters, const Layer& layer, const Activations& a, Local& local, const float* gates,
                        float* out, int stride);
   bool skip_inactive(int thread, Local& local, const Layer& layer, const Activations& n, const float* gates);
   Activations prepared(int thread, Local& local, const float* x, int stride, int rows, const float* norm, const Matrix& w);

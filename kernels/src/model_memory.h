@@ -10,6 +10,7 @@
 namespace autoglm {
 
 constexpr int kSparseRows = 8;       // more rows share too few inactive neurons
+constexpr int kListedRows = 2;       // so few rows never pay for unpacking
 
 inline int pad(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -65,6 +66,7 @@ struct Model::Working {
 };
 
 struct Model::Local {
+  int thread = 0;
   Quantised quantised;
   Scratch scratch;
   Buffer<float> normed, out, scores;

@@ -32,7 +32,7 @@ bool Model::skip_inactive(int thread, Local& local, const Layer& layer, const Ac
     active_neurons += uint64_t(count);
     all_neurons += uint64_t(shape_.intermediate);
   }
-  if (double(count) > dense_above * double(shape_.intermediate)) return false;
+  if (rows > kListedRows && double(count) > dense_above * double(shape_.intermediate)) return false;
   for (int r = thread; r < rows; r += threads) std::memset(w.act.get() + size_t(r) * size_t(w.inner), 0, size_t(w.inner) * 4);
   sync(thread, Phase::list);
   const int from = count * thread / threads / 4 * 4, stop = thread + 1 == threads ? count : count * (thread + 1) / threads / 4 * 4;

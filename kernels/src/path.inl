@@ -207,22 +207,23 @@ static void store_kv(KvKind kind, int size, uint8_t* head, int slot, const float
   }
 }
 
-// Scores of NQ queries against one page: lanes are positions, one multiply-add per dimension in ascending order.
+// Scores of NQ queries, q[d][NQ], against one page: lanes are positions, one multiply-add per dimension in ascending
+// order.
 template <int NQ, KvKind kKind>
-static inline void score_page(const uint8_t* head, int size, const float* const* q, float factor, float* const* out) {
+static inline void score_page(const uint8_t* head, int size, const float* q, float factor, float* const* out) {
   F16 s[NQ];
   AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) s[j] = set1(0.0f);
-  for (int d = 0; d < size; ++d) {
-    const F16 k = kKind == KvKind::bf16 ? load_bf16(reinterpret_cast<const uint16_t*>(head) + size_t(d) * kPanel)
+  for (int d = 0; d < size; ++d, q += NQ) {
+    const F16 k = kKind == KvKind::bf16 ? load_split(reinterpret_cast<const uint16_t*>(head) + size_t(d) * kPanel)
                                         : load_i8(reinterpret_cast<const int8_t*>(head) + size_t(d) * kPanel);
-    AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) s[j] = fma(k, set1(q[j][d]), s[j]);
+    AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) s[j] = fma(k, set1(q[j]), s[j]);
   }
   F16 f = set1(factor);
   if (kKind == KvKind::int8) f = mul(f, load(reinterpret_cast<const float*>(head + size_t(2) * kPanel * size_t(size))));
-  AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) store(out[j], mul(s[j], f));
+  AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) store(out[j], mul(kKind == KvKind::bf16 ? unsplit(s[j]) : s[j], f));
 }
 
-// Adds the page's values, weighted, in order of position: out[j][d0 .. d0+16*ND).
+// Adds the page's values, weighted, in order of position: out[j][d0 .. d0+16*ND), split where values are bf16.
 template <int NQ, int ND, KvKind kKind>
 static inline void mix_page(const uint8_t* head, int size, int d0, int count, const float* const* weights, F16 (*acc)[ND]) {
   const uint8_t* values = head + (kKind == KvKind::bf16 ? size_t(2) : size_t(1)) * kPanel * size_t(size);
@@ -231,7 +232,7 @@ static inline void mix_page(const uint8_t* head, int size, int d0, int count, co
     F16 v[ND];
     AUTOGLM_UNROLL for (int i = 0; i < ND; ++i) {
       const size_t at = size_t(p) * size_t(size) + size_t(d0 + 16 * i);
-      v[i] = kKind == KvKind::bf16 ? load_bf16(reinterpret_cast<const uint16_t*>(values) + at)
+      v[i] = kKind == KvKind::bf16 ? load_split(reinterpret_cast<const uint16_t*>(values) + at)
                                    : load_i8(reinterpret_cast<const int8_t*>(values) + at);
     }
     AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) {
@@ -242,6 +243,9 @@ static inline void mix_page(const uint8_t* head, int size, int d0, int count, co
   }
 }
 
+constexpr int kMixPages = 4;         // 64 positions of 64 dimensions are 8 KiB of bf16
+constexpr int kPageLinesAhead = 4;   // of the next page's keys
+
 // NQ queries of one head group that see `limits[j]` positions each, the first having the fewest.
 template <int NQ, KvKind kKind>
 static void attend_some(const HeadShape& shape, const AttentionTile& t, const float* const* q, float* const* out,
@@ -249,13 +253,21 @@ static void attend_some(const HeadShape& shape, const AttentionTile& t, const fl
   const int size = shape.size;
   const float factor = 1.0f / std::sqrt(float(size));
   const size_t span = size_t(pages) * kPanel;
+  const size_t stride = (size_t(pages) | 1) * kPanel;  // an odd number of lines: rows share no set of the cache
   float* row[NQ];
-  AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) row[j] = scores + size_t(j) * span;
+  AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) row[j] = scores + size_t(j) * stride;
+  float together[kMostHeadSize * NQ];  // one address for the values of all queries
+  for (int d = 0; d < size; ++d)
+    AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) together[d * NQ + j] = q[j][d];
   for (int p = 0; p < pages; ++p) {
     const uint8_t* head = t.pool + size_t(t.pages[p]) * t.page_bytes;
+    if (p + 1 < pages) {  // pages lie apart, so the hardware cannot foresee where the next one begins
+      const uint8_t* next = t.pool + size_t(t.pages[p + 1]) * t.page_bytes;
+      for (int line = 0; line < kPageLinesAhead; ++line) __builtin_prefetch(next + 64 * line);
+    }
     float* to[NQ];
     AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) to[j] = row[j] + size_t(p) * kPanel;
-    score_page<NQ, kKind>(head, size, q, factor, to);
+    score_page<NQ, kKind>(head, size, together, factor, to);
   }
   float total[NQ];
   AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) {
@@ -274,26 +286,36 @@ static void attend_some(const HeadShape& shape, const AttentionTile& t, const fl
   }
   const int last = limits[NQ - 1];
   int d = 0;
-  const auto mix = [&](auto nd) {
-    constexpr int ND = decltype(nd)::value;
-    F16 acc[NQ][ND];
-    AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) AUTOGLM_UNROLL for (int i = 0; i < ND; ++i) acc[j][i] = set1(0.0f);
-    for (int p = 0; p < pages; ++p) {
-      const uint8_t* head = t.pool + size_t(t.pages[p]) * t.page_bytes;
-      const float* weights[NQ];
-      AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) weights[j] = row[j] + size_t(p) * kPanel;
-      const int count = last - p * kPanel < kPanel ? last - p * kPanel : kPanel;
-      mix_page<NQ, ND, kKind>(head, size, d, count, weights, acc);
-    }
-    AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) {
-      const F16 norm = set1(total[j]);
-      AUTOGLM_UNROLL for (int i = 0; i < ND; ++i) store(out[j] + d + 16 * i, div(acc[j][i], norm));
-    }
-    d += 16 * ND;
-  };
-  if constexpr (NQ <= kWideMix)
-    while (d + 32 <= size) mix(std::integral_constant<int, 2>{});
-  while (d + 16 <= size) mix(std::integral_constant<int, 1>{});
+  // A few pages at a time, whose values stay in the first-level cache for all dimensions; sums wait in `out`.
+  for (int first = 0; first < pages; first += kMixPages) {
+    const int stop = pages - first < kMixPages ? pages : first + kMixPages;
+    const auto mix = [&](auto nd) {
+      constexpr int ND = decltype(nd)::value;
+      F16 acc[NQ][ND];
+      AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) AUTOGLM_UNROLL for (int i = 0; i < ND; ++i)
+        acc[j][i] = first == 0 ? set1(0.0f) : load(out[j] + d + 16 * i);
+      for (int p = first; p < stop; ++p) {
+        const uint8_t* head = t.pool + size_t(t.pages[p]) * t.page_bytes;
+        const float* weights[NQ];
+        AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) weights[j] = row[j] + size_t(p) * kPanel;
+        const int count = last - p * kPanel < kPanel ? last - p * kPanel : kPanel;
+        mix_page<NQ, ND, kKind>(head, size, d, count, weights, acc);
+      }
+      AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) {
+        const F16 norm = set1(total[j]);
+        AUTOGLM_UNROLL for (int i = 0; i < ND; ++i) {
+          F16 x = acc[j][i];
+          if (stop == pages) x = div(kKind == KvKind::bf16 ? unsplit(x) : x, norm);
+          store(out[j] + d + 16 * i, x);
+        }
+      }
+      d += 16 * ND;
+    };
+    d = 0;
+    if constexpr (NQ <= kWideMix)
+      while (d + 32 <= size) mix(std::integral_constant<int, 2>{});
+    while (d + 16 <= size) mix(std::integral_constant<int, 1>{});
+  }
   for (; d < size; ++d) {  // head sizes that are no multiple of 16: one dimension at a time, the same order
     AUTOGLM_UNROLL for (int j = 0; j < NQ; ++j) {
       float acc = 0;

@@ -29,7 +29,7 @@ constexpr int kWideMix = 2;    // of so many queries, sums of 32 dimensions fit 
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    "neon", false, rms_norm, quantise, panels, rows_panel, columns_panel, rows_listed, columns_listed, gate_up, accumulate,
+    "neon", false, kQueryTile, rms_norm, quantise, panels, rows_panel, columns_panel, rows_listed, columns_listed, gate_up, accumulate,
     add_bias, scale, rotate, store_kv, attend, argmax, sum_exp, exps,
 };
 

@@ -22,7 +22,7 @@ constexpr int kWideMix = 4;    // of so many queries, sums of 32 dimensions fit 
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    "portable", false, rms_norm, quantise, panels, rows_panel, columns_panel, rows_listed, columns_listed, gate_up, accumulate,
+    "portable", false, kQueryTile, rms_norm, quantise, panels, rows_panel, columns_panel, rows_listed, columns_listed, gate_up, accumulate,
     add_bias, scale, rotate, store_kv, attend, argmax, sum_exp, exps,
 };
 

@@ -81,6 +81,15 @@ static inline void store_i8(int8_t* p, I16 x) {
 }
 static inline __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 static inline F16 load_bf16(const uint16_t* p) { return {widen_bf16(_mm_loadu_si128((const __m128i*)p)), widen_bf16(_mm_loadu_si128((const __m128i*)(p + 8)))}; }
+// Sixteen bf16 in two instructions, the even ones before the odd ones; `unsplit` restores their order.
+static inline F16 load_split(const uint16_t* p) {
+  const __m256i x = _mm256_loadu_si256((const __m256i*)p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int32_t(0xffff0000u))))};
+}
+static inline F16 unsplit(F16 x) {
+  const __m256 low = _mm256_unpacklo_ps(x.a, x.b), high = _mm256_unpackhi_ps(x.a, x.b);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
 static inline F16 load_i8(const int8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))}; }
 static inline __m256i round_bf16(__m256 x) {
   const __m256i b = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
@@ -205,6 +214,11 @@ static inline float hmax(const F16& a) {
   return m;
 }
 #undef AUTOGLM_EACH
+#endif
+
+#if !defined(AUTOGLM_PATH_AVX2)
+static inline F16 load_split(const uint16_t* p) { return load_bf16(p); }
+static inline F16 unsplit(const F16& x) { return x; }
 #endif
 
 // e^x by range reduction to |r| <= ln 2 / 2 and a degree-6 polynomial (Cephes expf's scheme, own order of evaluation);

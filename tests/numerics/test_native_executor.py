@@ -140,6 +140,17 @@ def test_leaving_out_inactive_neurons_changes_no_bit(packed: dict[str, Packed], 
     assert all(np.array_equal(each, results[0]) for each in results[1:])
 
 
+def test_a_single_token_skips_however_many_neurons_are_active(packed: dict[str, Packed]) -> None:
+    """Unpacking weights for one token costs more than any number of active neurons; only several tokens share it."""
+    executor = packed["llama-relu"].executor("int4", skips=True)
+    executor.model.dense_above = 0.0
+    whole(executor)
+    in_chunks(executor, 7)
+    assert executor.model.phase_seconds["up"] == 0.0, "the way by listed neurons was taken"
+    in_chunks(executor, 1)
+    assert executor.model.phase_seconds["up"] > 0.0, "a single token went the dense way"
+
+
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 def test_a_page_goes_out_and_into_another_executor(packed: dict[str, Packed], kv: Any) -> None:
     """What another worker computed is as good as one's own, wherever it is put; another size is refused."""
