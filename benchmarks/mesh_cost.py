@@ -5,7 +5,8 @@ Four ways to ask, in turn, so that whatever else the machine does hits all of th
   unpicked  the same under a policy without an InferencePool: Envoy alone, without the scheduler's part
   door      client → the gateway's own port; what the gateway calls still goes through Envoy
   direct    client → a second gateway that calls tokenizer and worker at their own ports: no Envoy anywhere
-One worker with one thread, prompts below a block of cache (nobody asks the cache), no trace recorded by anyone.
+One worker with one thread, prompts below a block of cache (nobody asks the cache), no trace recorded by anyone. Rates
+are those of long answers: their beginnings have a bar of their own.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ async def compare(
     return {"first_token_ms": firsts, "tokens_per_s": rates, "envoy_ms": worked_ms}
 
 
-async def drill(mesh: Mesh, requests: int = 120, rounds: int = 8, tokens: int = 64) -> tuple[list[Bar], dict[str, Any]]:
+async def drill(mesh: Mesh, requests: int = 120, rounds: int = 8, tokens: int = 400) -> tuple[list[Bar], dict[str, Any]]:
     """With the policy as it stands, then without its InferencePool."""
     with direct_gateway(mesh) as direct:
         door = f"127.0.0.1:{mesh.processes('gateway')[0].ports['grpc']}"

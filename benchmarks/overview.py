@@ -33,9 +33,8 @@ def page(results: Path = RESULTS) -> str:
     lines = [
         "# What was measured",
         "",
-        f"{len(bars)} bars, {missed} missed. Made by `python -m benchmarks.overview` from the files here; each names the",
-        "command that made it, the commit and the machine. How to read the missed ones: "
-        "[docs/performance.md](../../docs/performance.md).",
+        f"{len(bars)} bars, {missed} missed. Made by `python -m benchmarks.overview` from the files here; each names",
+        "its command, commit and machine. What the missed ones mean: [docs/performance.md](../../docs/performance.md).",
     ]
     for name, part in found:
         day = datetime.fromtimestamp(part["unix_s"], UTC).date()
