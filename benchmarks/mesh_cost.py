@@ -137,7 +137,9 @@ async def compare(
     return {"first_token_ms": firsts, "tokens_per_s": rates, "envoy_ms": worked_ms}
 
 
-async def drill(mesh: Mesh, requests: int = 120, rounds: int = 8, tokens: int = 400) -> tuple[list[Bar], dict[str, Any]]:
+async def drill(
+    mesh: Mesh, requests: int = 120, rounds: int = 8, tokens: int = 400
+) -> tuple[list[Bar], dict[str, Any]]:
     """With the policy as it stands, then without its InferencePool."""
     with direct_gateway(mesh) as direct:
         door = f"127.0.0.1:{mesh.processes('gateway')[0].ports['grpc']}"
