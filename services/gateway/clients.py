@@ -169,6 +169,8 @@ class Workers:
 
     def _asked(self, work: Work) -> tuple[tuple[str, bytes], ...]:
         """The header that says to the mesh's picker what it would else read in the body; none for a long prompt."""
+        if len(work.token_ids) > self._header_bytes:  # an id takes a byte at least
+            return ()
         asked = worker_pb.GenerateRequest(
             request_id=work.request_id,
             model=work.model,
