@@ -24,13 +24,12 @@ from engine.checkpoints.digest_cache import DigestCache, default_cache_directory
 from engine.runtime.constraints import Compiler, tokenizer_of
 from engine.runtime.pages import PagePool
 from services.chassis.channels import connect
-from services.chassis.model_fetch import CannotFetch
-from services.chassis.model_source import from_cache
+from services.chassis.model_fetch import CannotFetch, Terms, fetch
 from services.chassis.progress import Reporter
 from services.chassis.serving import Member
 from services.chassis.settings import read
 from services.sparse_inference import engines, metrics, oip
-from services.sparse_inference.clients import CacheClient, LeaseClient, TokenizerClient
+from services.sparse_inference.clients import ArtifactClient, CacheClient, LeaseClient, TokenizerClient
 from services.sparse_inference.lease import Lease, reached_at
 from services.sparse_inference.oip_text import TextModel
 from services.sparse_inference.prefixes import Prefixes
@@ -116,12 +115,18 @@ async def main() -> None:
 
 async def _fetched(settings: WorkerSettings) -> Path:
     """Where the model that is named by a digest lies now."""
+    channel = connect(settings, "cache")
+    terms = Terms(settings.model_fetch_patience_s, settings.model_fetch_mib << 20)
     root = settings.cache_dir or default_cache_directory()
     try:
-        return await from_cache(settings, str(settings.model_dir), root, "fetching the model")
+        return await fetch(
+            str(settings.model_dir), root, ArtifactClient(channel), terms, Reporter("fetching the model")
+        )
     except CannotFetch as error:
         print(f"AUTOGLM_MODEL_DIR: {error}", file=sys.stderr)
         raise SystemExit(2 if error.is_final else 1) from None
+    finally:
+        await channel.close(None)
 
 
 async def _serve_onnx(settings: WorkerSettings, member: Member, file: Path) -> None:

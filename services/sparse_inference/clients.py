@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
@@ -54,6 +54,21 @@ class CacheClient:
         except grpc.RpcError as error:
             raise from_rpc(error) from None
         return int(answer.stored)
+
+
+class ArtifactClient:
+    """`model_fetch.Artifacts` over gRPC: a model's files by digest. No deadline: a file takes as long as it comes."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = cache_pb2_grpc.CacheServiceStub(channel)
+
+    async def artifact(self, digest: str, offset: int) -> AsyncGenerator[tuple[bytes, int], None]:
+        request = cache_pb2.GetArtifactRequest(digest=digest, offset=offset)
+        try:
+            async for answer in self._stub.GetArtifact(request):
+                yield answer.content, answer.total_bytes
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
 
 
 class TokenizerClient:

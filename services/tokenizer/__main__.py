@@ -12,13 +12,15 @@ from autoglm.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
 from engine.checkpoints.digest_cache import default_cache_directory
 from services.chassis import telemetry
-from services.chassis.model_fetch import CannotFetch
-from services.chassis.model_source import from_cache
+from services.chassis.channels import connect
+from services.chassis.model_fetch import CannotFetch, Terms, fetch
 from services.chassis.offload import Offload
+from services.chassis.progress import Reporter
 from services.chassis.serving import Member
 from services.chassis.settings import read
 from services.tokenizer import vocabulary
 from services.tokenizer.chats import Chats
+from services.tokenizer.clients import ArtifactClient
 from services.tokenizer.sandbox import Limits, Sandbox
 from services.tokenizer.server import TokenizerServicer
 from services.tokenizer.settings import TokenizerSettings
@@ -59,11 +61,16 @@ async def serve(settings: TokenizerSettings) -> None:
 async def _at_hand(settings: TokenizerSettings) -> Mapping[str, Path]:
     """Model name → path; of models that are named by a digest, the text's files are fetched first."""
     found = dict(settings.directories)
+    terms = Terms(settings.model_fetch_patience_s, settings.model_fetch_mib << 20, is_text, ".text")
     root = settings.cache_dir or default_cache_directory()
     for name, place in found.items():
         if is_digest(str(place)):
-            doing = f"fetching the tokenizer of {name}"
-            found[name] = await from_cache(settings, str(place), root, doing, is_text, ".text")
+            channel = connect(settings, "cache")
+            try:
+                progress = Reporter(f"fetching the tokenizer of {name}")
+                found[name] = await fetch(str(place), root, ArtifactClient(channel), terms, progress)
+            finally:
+                await channel.close(None)
     return found
 
 
